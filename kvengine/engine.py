@@ -1,0 +1,572 @@
+"""The engine: the one place that puts arena, store, tiers and transfers together.
+
+Save: reserve → gather and digest into slots → commit → written to the tier below, behind.
+Load: pin the lease's blocks → verify and scatter; those in a tier are read into slots first.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvengine.arena import Arena, Slots
+from kvengine.cache import PagedCache
+from kvengine.codec import Codec, Raw
+from kvengine.compiled import Int32s
+from kvengine.config import Config
+from kvengine.errors import ClosedError, LayoutError
+from kvengine.frame import Template
+from kvengine.index import NO_SLOT
+from kvengine.kernels.copy import BAD, GOOD
+from kvengine.keys import FORMAT_VERSION, BlockKeys, Identity, Namespace
+from kvengine.layout import Layout
+from kvengine.metrics import Metrics
+from kvengine.policy import NO_PARENT
+from kvengine.policy.lru import LRU
+from kvengine.store import Lease, Reservation, Store
+from kvengine.tenants import DEFAULT, Tenants
+from kvengine.tiers import Span, Tier
+from kvengine.tiers.disk import DiskTier
+from kvengine.transfer import Job, Transfer, Transfers
+
+WRITE_BYTES = 32 << 20
+FETCH_BYTES = 16 << 20
+TIER_DEADLINE_S = 60.0
+CLOSE_S = 30.0
+
+Bools = NDArray[np.bool_]
+
+
+class Engine:
+    """A KV cache for one process: memory, and a directory below it where one is given.
+
+    All verbs take tables and may be called from any thread. Cache faults never raise: they are
+    misses, refusals and counters. After a fork, the child's engine is detached: every verb misses.
+    A context manager; `close` writes what is committed to the tier and gives everything back.
+    """
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self._closed = False
+        self._detached = False
+        self._pump_lock = threading.Lock()
+        self._writing = 0
+        self._codec: Codec = Raw()
+        arena = Arena(config.memory_bytes)
+        self._store = Store(
+            arena,
+            LRU(),
+            self.metrics,
+            time.monotonic,
+            config.lease_s,
+            config.reservation_s,
+        )
+        self._tier: Tier | None = None
+        kept = None
+        if config.disk is not None:
+            path = Path(config.disk.path)
+            self._tier = DiskTier(
+                path,
+                config.disk.size_bytes,
+                self.metrics,
+                self._store.dropped,
+                segment_bytes=config.disk.segment_bytes,
+                threads=config.io_threads,
+                durable=config.disk.durable,
+            )
+            kept = path / "tenants.json"
+        try:
+            self._tenants = Tenants(kept, config.secret)
+            if self._tier is not None:
+                self._store.attach(self._tier)
+            self._transfers = Transfers(config.threads, self._failed)
+        except BaseException:
+            if self._tier is not None:
+                self._tier.close()
+            raise
+        self._leave = _watch(self)
+        self._populating = threading.Thread(
+            target=arena.populate, name="kvengine-populate", daemon=True
+        )
+        self._populating.start()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Names
+
+    def namespace(
+        self,
+        *,
+        model: str,
+        layout: Layout,
+        revision: str = "",
+        kv_dtype: str = "",
+        adapter: str = "",
+        media: str = "",
+        salt: str = "",
+        fidelity: str = "exact",
+        positional: str = "rope",
+        pool: str = "target",
+        source: str = "tokens",
+    ) -> Namespace:
+        """Return where keys of one model (adapter, salt …) come from.
+
+        Everything that determines K/V besides the tokens is named here: two callers share blocks
+        only where all of it is equal. `kv_dtype` is the layout's dtype where left out. `source`
+        names the serving engine's own hash where keys are made of it.
+        """
+        self._alive()
+        if fidelity != "exact":
+            raise LayoutError(f"fidelity {fidelity!r} is not supported yet, expected 'exact'")
+        identity = Identity(
+            format_version=FORMAT_VERSION,
+            tenant=DEFAULT,
+            model=model,
+            revision=revision,
+            adapter=adapter,
+            media=media,
+            salt=salt,
+            kv_dtype=kv_dtype or layout.dtype,
+            fidelity=fidelity,
+            layout=layout.digest(),
+            positional=positional,
+            pool=pool,
+            source=source,
+            epoch=self._tenants.epoch(),
+        )
+        return self._store.namespace(identity, layout, self._tenants.secret())
+
+    def cache(
+        self, namespace: Namespace, arrays: Sequence[object], *, writable: bool = True
+    ) -> PagedCache:
+        """Check the caller's arrays once, for many calls of `save` and `load`.
+
+        arrays: one item a layer, as kvengine.cache.PagedCache says. Raises LayoutError.
+        """
+        return PagedCache(namespace.layout, arrays, writable)
+
+    # What is held
+
+    def probe(self, keys: BlockKeys) -> int:
+        """Count the leading blocks that are held, here or in a tier. Takes nothing."""
+        return 0 if self._away() else self._store.probe(keys)
+
+    def contains(self, keys: BlockKeys) -> Bools:
+        """Say for each key whether its block is held. Takes nothing."""
+        if self._away():
+            return np.zeros(len(keys), dtype=np.bool_)
+        return self._store.contains(keys)
+
+    def match(self, keys: BlockKeys) -> Lease:
+        """Hold the leading blocks that are here or in a tier, for a `load`.
+
+        Release the lease (or leave its `with` block) when the load has been enqueued: the transfer
+        keeps its own hold. A lease that nobody releases ends after `lease_s`.
+        """
+        if self._away():
+            return Lease(self._store, keys, np.empty(0, dtype=np.int32), 0, 0.0)
+        lease = self._store.match(keys)
+        self.metrics.add("lookup_blocks", len(keys))
+        if lease.in_memory:
+            self.metrics.add("hit_blocks", lease.in_memory, tier="memory")
+        if lease.blocks > lease.in_memory and self._tier is not None:
+            self.metrics.add("hit_blocks", lease.blocks - lease.in_memory, tier=self._tier.name)
+        return lease
+
+    # Moving
+
+    def save(
+        self,
+        keys: BlockKeys,
+        caches: PagedCache | Sequence[object],
+        block_table: object = None,
+        slot_mapping: object = None,
+    ) -> Transfer:
+        """Begin to store blocks that the engine does not hold yet; return at once.
+
+        block_table: int[len(keys)], where each block lies in `caches`; or slot_mapping:
+        int[len(keys) * block_tokens], where each token lies. The blocks must not change until the
+        Transfer is done. What finds no room is refused and counted. Raises LayoutError for arrays
+        or tables that do not fit.
+        """
+        layout = keys.namespace.layout
+        cache = self._cache(layout, caches, writable=False)
+        table, mapping, count = cache.checked(
+            len(keys), block_table, slot_mapping, unique=False
+        )
+        if count != len(keys):
+            raise LayoutError(f"a table for {count} blocks and {len(keys)} keys: give one for each")
+        transfer = Transfer(count, layout.layers)
+        if self._away() or self._transfers.full() or not count:
+            return self._refuse(transfer)
+        reservation = self._store.reserve(keys)
+        rows = reservation.indices
+        if not len(rows):
+            transfer.finish(self._store.contains(keys), 0)
+            return transfer
+        store, template = self._store, _template(self._store, keys.namespace)
+        frames = store.arena.addresses(reservation.slots) + template.header_bytes
+        moves = cache.moves(
+            frames,
+            None if table is None else table[rows],
+            None if mapping is None else mapping.reshape(count, -1)[rows],
+        )
+        digests = np.zeros((len(rows), layout.layers, 2), dtype=np.uint64)
+
+        def done(verdicts: NDArray[np.uint8]) -> None:
+            whole = (verdicts == GOOD).all(axis=1)
+            self._write_headers(reservation, digests)
+            saved = store.commit(reservation, whole)
+            self.metrics.add("saved_blocks", saved)
+            transfer.finish(store.contains(keys), saved * layout.payload_bytes)
+            self._pump()
+
+        self._transfers.save(transfer, Job(moves, digests, rows, done, cache), self._codec)
+        return transfer
+
+    def load(
+        self,
+        lease: Lease,
+        caches: PagedCache | Sequence[object],
+        block_table: object = None,
+        slot_mapping: object = None,
+        first: int = 0,
+    ) -> Transfer:
+        """Begin to fill the caller's cache with leased blocks; return at once.
+
+        block_table: int[k], where blocks first..first+k of the lease go; or slot_mapping:
+        int[k * block_tokens]. Only blocks that the Transfer calls good hold verified bytes; the
+        others are to be recomputed. Raises LayoutError for arrays or tables that do not fit.
+        """
+        layout = lease.keys.namespace.layout
+        cache = self._cache(layout, caches, writable=True)
+        if not 0 <= first <= lease.blocks:
+            raise LayoutError(f"first is {first}, the lease has {lease.blocks} blocks")
+        table, mapping, count = cache.checked(
+            lease.blocks - first, block_table, slot_mapping, unique=True
+        )
+        transfer = Transfer(count, layout.layers)
+        if self._away() or self._transfers.full() or not count:
+            return self._refuse(transfer)
+        ids, slots = self._store.pin(lease, first, count)
+        if not len(ids):
+            return self._refuse(transfer)
+        keys = lease.keys[first : first + count]
+        load = _Load(self, transfer, keys, ids, cache, table, mapping)
+        load.start(slots)
+        return transfer
+
+    # Keeping house
+
+    def flush(self, timeout_s: float = CLOSE_S) -> bool:
+        """Wait until every committed block is in the tier below, or given up. False: not in time."""
+        if self._away():
+            return True
+        self._pump()
+        return self._store.wait_clean(timeout_s)
+
+    def drop(self, keys: BlockKeys) -> int:
+        """Forget blocks everywhere. Returns how many there were."""
+        return 0 if self._away() else self._store.drop(keys)
+
+    def drop_all(self) -> int:
+        """Make every block of this tenant unreachable, in O(1): namespaces are to be asked for
+        again. Returns the new epoch."""
+        self._alive()
+        return self._tenants.raise_epoch()
+
+    def squeeze(self, nbytes: int) -> int:
+        """Evict until at most `nbytes` of memory are used; returns how many were given up.
+
+        Blocks that are leased, or not yet written to the tier below, stay.
+        """
+        return 0 if self._away() else self._store.squeeze(nbytes)
+
+    def stats(self) -> dict[str, int]:
+        """Return counts of blocks and bytes by place, hits, misses, and what went wrong."""
+        if self._away():
+            return {}
+        stats = self._store.stats()
+        stats["tier_bytes"] = 0 if self._tier is None else self._tier.nbytes
+        for place, blocks in (("memory", "memory_blocks"), ("disk", "tier_blocks")):
+            self.metrics.set("blocks", stats[blocks], tier=place)
+        self.metrics.set("bytes", stats["memory_bytes"], tier="memory")
+        self.metrics.set("bytes", stats["tier_bytes"], tier="disk")
+        for name in (
+            "lookup_blocks",
+            "hit_blocks",
+            "saved_blocks",
+            "save_refused_blocks",
+            "evicted_blocks",
+            "demoted_blocks",
+            "fetched_blocks",
+            "corrupt_blocks",
+            "tier_failures",
+        ):
+            stats[name] = int(self.metrics.get(name))
+        return stats
+
+    def warm(self, timeout_s: float | None = None) -> bool:
+        """Wait until the arena's memory is backed by the system. False: not in time."""
+        self._populating.join(timeout_s)
+        return not self._populating.is_alive()
+
+    def check(self) -> None:
+        """Raise AssertionError where the engine's books do not balance. For tests, at rest."""
+        self._store.check()
+
+    def close(self) -> None:
+        """Write what is committed to the tier, end the threads, let go of the directory.
+
+        Waits at most about a minute. Idempotent. In a forked child it only lets go.
+        """
+        if self._closed or self._detached:
+            return
+        self._closed = True
+        atexit.unregister(self._leave)
+        self._store.arena.stop()
+        self._populating.join()
+        self._transfers.close(CLOSE_S)
+        self._pump()
+        self._store.wait_clean(CLOSE_S)
+        if self._tier is not None:
+            self._tier.close()
+
+    def detach(self) -> None:
+        """After a fork, in the child: let go of files and locks; every verb misses from now on."""
+        if self._detached or self._closed:
+            return
+        self._detached = True
+        if self._tier is not None:
+            self._tier.detach()
+
+    # Inside
+
+    def _alive(self) -> None:
+        if self._closed:
+            raise ClosedError("the engine is closed: open another with kvengine.open")
+        if self._detached:
+            raise ClosedError("the engine belongs to the process that forked: open one here")
+
+    def _away(self) -> bool:
+        return self._closed or self._detached
+
+    def _failed(self, error: Exception) -> None:
+        self.metrics.add("tier_failures", 1, tier="memory")
+
+    def _cache(
+        self, layout: Layout, caches: PagedCache | Sequence[object], *, writable: bool
+    ) -> PagedCache:
+        if not isinstance(caches, PagedCache):
+            return PagedCache(layout, caches, writable)
+        if caches.layout.digest() != layout.digest():
+            raise LayoutError("this PagedCache was made for a namespace of another layout")
+        if writable and not caches.writable:
+            raise LayoutError("this PagedCache was made for saving only: make it with engine.cache")
+        return caches
+
+    def _refuse(self, transfer: Transfer) -> Transfer:
+        transfer.finish(transfer.good, 0, "refused")
+        return transfer
+
+    def _write_headers(self, reservation: Reservation, digests: NDArray[np.uint64]) -> None:
+        keys, store = reservation.keys, self._store
+        template = _template(store, keys.namespace)
+        table = keys.table
+        before = np.concatenate([np.frombuffer(keys.parent, np.uint8).reshape(1, -1), table])
+        headers = template.write(
+            table[reservation.indices],
+            before[reservation.indices],
+            reservation.fill,
+            keys.position + reservation.indices,
+            digests,
+        )
+        for slot, header in zip(reservation.slots.tolist(), headers, strict=True):
+            store.arena.view(slot, len(header))[:] = header.data
+
+    def _pump(self) -> None:
+        """Give the tier the next committed blocks, while less than WRITE_BYTES are under way."""
+        tier = self._tier
+        if tier is None:
+            return
+        while True:
+            with self._pump_lock:
+                if self._writing >= WRITE_BYTES:
+                    return
+                ids, spans = self._store.take_dirty(WRITE_BYTES // 2)
+                if not len(ids):
+                    return
+                nbytes = sum(span.nbytes for span in spans)
+                self._writing += nbytes
+
+            def report(
+                index: int, good: bool, ids: Int32s = ids, spans: Sequence[Span] = spans
+            ) -> None:
+                self._store.written(ids[index : index + 1], good)
+                with self._pump_lock:
+                    self._writing -= spans[index].nbytes
+                self._pump()
+
+            tier.write(spans, time.monotonic() + TIER_DEADLINE_S, report)
+
+
+class _Load:
+    """One load under way: what is in memory is scattered at once, the rest as it arrives."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        transfer: Transfer,
+        keys: BlockKeys,
+        ids: Int32s,
+        cache: PagedCache,
+        table: NDArray[np.int64] | None,
+        mapping: NDArray[np.int64] | None,
+    ) -> None:
+        self._engine = engine
+        self._store = engine._store
+        self._template = _template(engine._store, keys.namespace)
+        self._transfer = transfer
+        self._keys = keys
+        self._ids = ids
+        self._cache = cache
+        self._table = table
+        self._mapping = None if mapping is None else mapping.reshape(len(ids), -1)
+        self._layers = slice(0, keys.namespace.layout.layers)
+        self._good = np.zeros(len(ids), dtype=np.bool_)
+        self._lock = threading.Lock()
+        self._left = 0
+
+    def start(self, slots: Slots) -> None:
+        """Cut the table into what is in memory and windows of what is not; begin them all."""
+        here = np.flatnonzero(slots != NO_SLOT)
+        away = np.flatnonzero(slots == NO_SLOT)
+        frame_bytes = self._store.space(self._keys.namespace.number).nbytes
+        step = max(1, FETCH_BYTES // frame_bytes)
+        windows = [away[at : at + step] for at in range(0, len(away), step)]
+        self._left = 1 + len(windows)
+        # A layer is there when every part's tasks are over; a window has none before it arrives.
+        self._transfer.expect(self._layers, len(windows))
+        for rows in windows:
+            self._fetch(rows)
+        self._scatter(here, slots[here])
+
+    def _fetch(self, rows: NDArray[np.intp]) -> None:
+        """Read blocks of the tier into slots, then scatter them."""
+        slots, spans = self._store.take_slots(self._ids[rows])
+        rows = rows[: len(slots)]
+        tier = self._engine._tier
+        if not len(rows) or tier is None:
+            self._transfer.arrived(self._layers)
+            self._part_done()
+            return
+        arrived = np.zeros(len(rows), dtype=np.bool_)
+        waiting = [len(rows)]
+
+        def report(index: int, good: bool) -> None:
+            with self._lock:
+                arrived[index] = good
+                waiting[0] -= 1
+                last = waiting[0] == 0
+            if last and not self._engine._transfers.submit(
+                lambda: self._arrived(rows, slots, arrived)
+            ):
+                self._arrived(rows, slots, np.zeros(len(rows), dtype=np.bool_))
+
+        tier.read(spans, time.monotonic() + TIER_DEADLINE_S, report)
+
+    def _arrived(self, rows: NDArray[np.intp], slots: Slots, arrived: Bools) -> None:
+        """Scatter a window whose reads are over; then its slots go to their entries."""
+
+        def after(good: Bools) -> None:
+            keep = np.zeros(len(rows), dtype=np.bool_)
+            keep[arrived] = good
+            parent = int(self._ids[rows[0] - 1]) if rows[0] else NO_PARENT
+            self._store.fetched(self._ids[rows], slots, keep, parent)
+
+        self._scatter(rows[arrived], slots[arrived], after)
+        self._transfer.arrived(self._layers)
+
+    def _scatter(
+        self, rows: NDArray[np.intp], slots: Slots, after: Callable[[Bools], None] | None = None
+    ) -> None:
+        """Verify headers, then segments, and fill the caller's cache."""
+        size = self._template.header_bytes
+        headers = np.empty((len(rows), size), dtype=np.uint8)
+        for row, slot in enumerate(slots.tolist()):
+            headers[row] = np.frombuffer(self._store.arena.view(slot, size), dtype=np.uint8)
+        fine, digests = self._template.read(headers, self._keys.table[rows])
+        tried = np.flatnonzero(fine)
+
+        def done(verdicts: NDArray[np.uint8]) -> None:
+            good, bad = fine.copy(), ~fine
+            good[tried] = (verdicts == GOOD).all(axis=1)
+            bad[tried] = (verdicts == BAD).any(axis=1)
+            self._good[rows] = good
+            self._store.corrupt(self._ids[rows[bad]], "memory" if after is None else "disk")
+            if after is not None:
+                after(good)
+            self._part_done()
+
+        if not len(tried):
+            done(np.empty((0, 1), dtype=np.uint8))
+            return
+        chosen = rows[tried]
+        moves = self._cache.moves(
+            self._store.arena.addresses(slots[tried]) + size,
+            None if self._table is None else self._table[chosen],
+            None if self._mapping is None else self._mapping[chosen],
+        )
+        job = Job(moves, digests[tried], chosen, done, self._cache)
+        self._engine._transfers.load(self._transfer, job, self._engine._codec)
+
+    def _part_done(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._store.unpin(self._ids)
+            nbytes = int(self._good.sum()) * self._keys.namespace.layout.payload_bytes
+            self._transfer.finish(self._good, nbytes)
+
+
+def _template(store: Store, namespace: Namespace) -> Template:
+    template = store.space(namespace.number).template
+    assert template is not None  # set when the namespace was made
+    return template
+
+
+def _watch(engine: Engine) -> Callable[[], None]:
+    """Close an engine at interpreter exit, detach it in forked children. Returns the exit hook."""
+    watched = weakref.ref(engine)
+
+    def leave() -> None:
+        if (found := watched()) is not None:
+            found.close()
+
+    def forked() -> None:
+        if (found := watched()) is not None:
+            found.detach()
+
+    atexit.register(leave)
+    os.register_at_fork(after_in_child=forked)
+    return leave

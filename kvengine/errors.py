@@ -1,0 +1,50 @@
+"""What may go wrong and is the caller's to know.
+
+    KVEngineError
+    ├── ConfigError        a setting, URL, file or environment variable that does not fit
+    ├── LayoutError        an array, block table or layout that does not fit the namespace
+    ├── BadKey             a key or token sequence of the wrong form
+    ├── FrameError         bytes that are not a whole, untouched frame
+    ├── DirectoryInUse     another process holds the directory
+    ├── ModelNotSupported  a model or cache that an adapter cannot map
+    ├── TransferTimeout    a wait that ran past its deadline
+    └── ClosedError        a verb on a closed engine
+
+A miss, a refusal or a fault of a tier is never raised: it is a return value and a metric.
+"""
+
+
+class KVEngineError(Exception):
+    """Anything that this package raises on purpose."""
+
+
+class ConfigError(KVEngineError, ValueError):
+    """A setting that does not fit: says where it came from, what was expected, what to do."""
+
+
+class LayoutError(KVEngineError, ValueError):
+    """An array, block table or layout that does not fit its namespace."""
+
+
+class BadKey(KVEngineError, ValueError):
+    """A key of the wrong length, or tokens that cannot be hashed."""
+
+
+class FrameError(KVEngineError, ValueError):
+    """Bytes that are not a whole, untouched frame. Inside the engine: a counted miss."""
+
+
+class DirectoryInUse(KVEngineError, OSError):
+    """A directory whose lock another process (or engine) holds."""
+
+
+class ModelNotSupported(KVEngineError, ValueError):
+    """A model or cache whose attention state an adapter cannot map to blocks."""
+
+
+class TransferTimeout(KVEngineError, TimeoutError):
+    """A wait that ran past its deadline; the work goes on."""
+
+
+class ClosedError(KVEngineError, RuntimeError):
+    """A verb on an engine that has been closed."""

@@ -1,0 +1,656 @@
+"""Blocks held by this node: reserve → fill → commit, match → use → release.
+
+One lock, held for index work only: bytes are copied, encoded, read and sent by others, in slots that
+the store has lent them. Nobody sees an uncommitted block, nobody loses a leased one, and a slot that
+someone may still write is quarantined until its owner has said so, never reused on a deadline alone.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvengine.arena import Arena, Slots
+from kvengine.compiled import Int32s
+from kvengine.errors import LayoutError
+from kvengine.frame import PAGE_BYTES, Template, frame_bytes
+from kvengine.index import COMMITTED, DOOMED, FILLING, LEASES, NAMESPACE, NO_SLOT, SLOT, STATE
+from kvengine.index import STATE_MASK, TIER_SHIFT, Index
+from kvengine.keys import KEY_BYTES, ROOT_KEY, BlockKeys, Identity, Namespace
+from kvengine.layout import Layout
+from kvengine.metrics import Metrics
+from kvengine.policy import NO_PARENT, Policy, Run
+from kvengine.tiers import Held, Span, Tier
+
+Bools = NDArray[np.bool_]
+EMPTY = np.empty(0, dtype=np.int32)
+UNKNOWN = -1
+
+
+@dataclass(slots=True)
+class Space:
+    """What the store knows of a namespace: its slots' size, and how its headers are written."""
+
+    digest: bytes
+    nbytes: int
+    template: Template | None
+
+
+class Lease:
+    """Leading blocks of a prompt, held until released or past their deadline.
+
+    `blocks` counts those held, in memory and in tiers together; `in_memory` the leading ones that
+    are in memory. A context manager; `release` is idempotent and safe from any thread.
+    """
+
+    def __init__(
+        self, store: Store, keys: BlockKeys, ids: Int32s, in_memory: int, deadline: float
+    ) -> None:
+        self.keys = keys
+        self.blocks = len(ids)
+        self.in_memory = in_memory
+        self.deadline = deadline
+        self.token = os.urandom(16)
+        self._store = store
+        self._ids = ids
+
+    def __len__(self) -> int:
+        return self.blocks
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let the blocks go. Transfers that still use them keep their own hold."""
+        self._store.release(self)
+
+
+class Reservation:
+    """Slots for blocks that the caller is about to fill.
+
+    `indices` says which keys of the table are reserved (the others are held already, or were
+    refused), `slots` where in the arena. Ends by `Store.commit` or `Store.abort`, at once; or at
+    its deadline, when the keys are free for others, and the slots stay quarantined until this
+    object says that nobody writes them any more (commit, abort, or its end).
+    """
+
+    def __init__(
+        self,
+        keys: BlockKeys,
+        ids: Int32s,
+        indices: NDArray[np.intp],
+        slots: Slots,
+        parents: Int32s,
+        deadline: float,
+        dead: deque[bytes],
+    ) -> None:
+        self.keys = keys
+        self.indices = indices
+        self.slots = slots
+        self.deadline = deadline
+        self.fill = os.urandom(16)
+        self.token = os.urandom(16)
+        self._ids = ids
+        self._parents = parents
+        self._dead = dead
+
+    def __del__(self) -> None:
+        self._dead.append(self.token)
+
+    def __len__(self) -> int:
+        return len(self.slots)
+
+
+class Store:
+    """See the module. All verbs may be called from any thread.
+
+    `clock` gives seconds; `lease_s` and `reservation_s` are how long a dead owner is waited for.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        policy: Policy,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        lease_s: float = 60.0,
+        reservation_s: float = 60.0,
+    ) -> None:
+        self.arena = arena
+        self._policy = policy
+        self._metrics = metrics
+        self._clock = clock
+        self._lease_s = lease_s
+        self._reservation_s = reservation_s
+        self._lock = threading.Lock()
+        self._clean = threading.Condition(self._lock)
+        self._index = Index()
+        self._tiers: list[Tier] = []
+        self._spaces: list[Space] = []
+        self._numbers: dict[bytes, int] = {}
+        self._leases: dict[bytes, Lease] = {}
+        self._reservations: dict[bytes, Reservation] = {}
+        self._quarantine: dict[bytes, tuple[int, Slots]] = {}
+        self._dirty: deque[Int32s] = deque()
+        self._unwritten = 0
+        self._lent_pages = 0
+        self._dead: deque[bytes] = deque()
+
+    # Namespaces and tiers
+
+    def namespace(self, identity: Identity, layout: Layout, secret: bytes) -> Namespace:
+        """Return the namespace of an identity; the same number for the same identity."""
+        if identity.layout != layout.digest():
+            raise LayoutError("the identity names another layout than the one given")
+        digest = identity.digest()
+        nbytes = frame_bytes(layout)
+        if nbytes > self.arena.nbytes:
+            raise LayoutError(
+                f"one block of this layout takes {nbytes} bytes, the arena has "
+                f"{self.arena.nbytes}: open the engine with more memory or use smaller blocks"
+            )
+        with self._lock:
+            number = self._number(digest, nbytes)
+            space = self._spaces[number]
+            if space.template is None:
+                space.template = Template(layout, digest)
+                space.nbytes = nbytes
+        return Namespace(identity, layout, number, digest, identity.root(secret))
+
+    def space(self, number: int) -> Space:
+        """Return what is known of a namespace."""
+        return self._spaces[number]
+
+    def attach(self, tier: Tier) -> int:
+        """Take in a tier and the blocks that it holds. Returns how many."""
+        with self._lock:
+            number = len(self._tiers)
+            self._tiers.append(tier)
+            return sum(self._adopt(number, held) for held in _batches(tier.scan()))
+
+    def dropped(self, keys: Sequence[bytes]) -> None:
+        """Note that the first tier below has given keys up by itself."""
+        with self._lock:
+            ids = self._index.find(_words(keys))
+            ids = ids[ids >= 0]
+            self._index.remove_tier(ids, 0)
+            rows = self._index.rows[ids]
+            nowhere = (rows[:, SLOT] == NO_SLOT) & (rows[:, STATE] == COMMITTED)
+            self._forget(ids[nowhere])
+
+    # match → use → release
+
+    def probe(self, keys: BlockKeys) -> int:
+        """Count the leading blocks that are held. Takes nothing, leaves recency alone."""
+        with self._lock:
+            return len(self._prefix(keys)[0])
+
+    def contains(self, keys: BlockKeys) -> Bools:
+        """Say for each key whether its block is held. Takes nothing, leaves recency alone."""
+        with self._lock:
+            return self._present(self._index.find(keys.words), keys.namespace.number)[0]
+
+    def match(self, keys: BlockKeys) -> Lease:
+        """Hold the leading blocks that are here or in a tier; the lease says how many."""
+        now = self._clock()
+        with self._lock:
+            self._sweep(now)
+            ids, in_memory = self._prefix(keys)
+            self._policy.held(self._index.lease(ids))
+            lease = Lease(self, keys, ids, in_memory, now + self._lease_s)
+            if len(ids):
+                self._leases[lease.token] = lease
+        return lease
+
+    def release(self, lease: Lease) -> None:
+        """Let a lease's blocks go; idempotent."""
+        with self._lock:
+            if self._leases.pop(lease.token, None) is not None:
+                self._unlease(lease._ids)
+
+    def pin(self, lease: Lease, first: int, count: int) -> tuple[Int32s, Slots]:
+        """Hold blocks of a live lease for a transfer: their ids and slots (NO_SLOT: in a tier).
+
+        Empty where the lease has ended. `unpin` gives them back.
+        """
+        with self._lock:
+            if lease.token not in self._leases:
+                return EMPTY, EMPTY
+            ids = lease._ids[first : first + count]
+            self._index.lease(ids)
+            return ids, self._index.rows[ids, SLOT]
+
+    def unpin(self, ids: Int32s) -> None:
+        """Give back what `pin` held."""
+        with self._lock:
+            self._unlease(ids)
+
+    # reserve → fill → commit
+
+    def reserve(self, keys: BlockKeys) -> Reservation:
+        """Reserve slots for the keys not yet held.
+
+        Takes free slots and clean victims, never waits for I/O; may reserve fewer, from the start
+        of the table. Never raises for want of room.
+        """
+        now = self._clock()
+        number = keys.namespace.number
+        nbytes = self._spaces[number].nbytes
+        with self._lock:
+            self._sweep(now)
+            ids, fresh = self._index.claim(keys.words)
+            indices = np.flatnonzero(fresh)
+            known = ids[~fresh]
+            self._index.start(ids[fresh], number, np.full(len(indices), NO_SLOT, dtype=np.int32))
+            self._policy.held(self._index.lease(known))
+            slots = self._take(nbytes, len(indices), now)
+            self._unlease(known)
+            kept = ids[indices[: len(slots)]]
+            refused = ids[indices[len(slots) :]]
+            if len(refused):
+                self._metrics.add("save_refused_blocks", len(refused))
+                self._index.rows[refused, LEASES] = 0
+                self._discard(refused)
+            self._index.rows[kept, SLOT] = slots
+            indices = indices[: len(slots)]
+            parents = np.where(indices > 0, ids[indices - 1], self._parent(keys)).astype(np.int32)
+            deadline = now + self._reservation_s
+            reservation = Reservation(keys, kept, indices, slots, parents, deadline, self._dead)
+            if len(kept):
+                self._reservations[reservation.token] = reservation
+        return reservation
+
+    def commit(self, reservation: Reservation, good: Bools | None = None) -> int:
+        """Make filled blocks visible; `good` says which are whole (None: all).
+
+        Returns how many are visible now: 0 where the reservation had ended before.
+        """
+        if good is None:
+            good = np.ones(len(reservation), dtype=np.bool_)
+        now = self._clock()
+        with self._lock:
+            if self._reservations.pop(reservation.token, None) is None:
+                self._acknowledge(reservation.token)
+                return 0
+            ids = reservation._ids
+            self._unreserve(ids[~good], reservation.slots[~good], reservation.keys)
+            ids = ids[good]
+            self._index.set_state(ids, COMMITTED)
+            nbytes = self._spaces[reservation.keys.namespace.number].nbytes
+            for run in _runs(reservation, good, nbytes):
+                self._policy.added(run, now)
+            if self._tiers:
+                # The reservation's own lease becomes the writer's.
+                self._policy.held(ids)
+                if len(ids):
+                    self._dirty.append(ids)
+                    self._unwritten += len(ids)
+            else:
+                self._unlease(ids)
+            return len(ids)
+
+    def abort(self, reservation: Reservation) -> None:
+        """Give reserved slots back: nobody writes them any more. Idempotent."""
+        self.commit(reservation, np.zeros(len(reservation), dtype=np.bool_))
+
+    # Moving between arena and tiers
+
+    def take_dirty(self, nbytes_max: int) -> tuple[Int32s, list[Span]]:
+        """Take committed blocks that no tier holds yet, about so many bytes, pinned.
+
+        Each is given back by `written`.
+        """
+        with self._lock:
+            if not self._dirty:
+                return EMPTY, []
+            ids = self._dirty.popleft()
+            slot_bytes = self._spaces[int(self._index.rows[ids[0], NAMESPACE])].nbytes
+            count = max(1, nbytes_max // slot_bytes)
+            if len(ids) > count:
+                self._dirty.appendleft(ids[count:])
+                ids = ids[:count]
+            return ids, self._spans(ids, self._index.rows[ids, SLOT])
+
+    def written(self, ids: Int32s, good: bool) -> None:
+        """Note that a tier has kept (or could not keep) blocks of `take_dirty`."""
+        dropped: list[bytes] = []
+        with self._lock:
+            if good:
+                self._metrics.add("demoted_blocks", len(ids), tier=self._tiers[0].name)
+                here = self._index.states(ids) == COMMITTED
+                self._index.add_tier(ids[here], 0)
+                dropped = [key.tobytes() for key in self._index.keys(ids[~here])]
+            self._unlease(ids)
+            self._unwritten -= len(ids)
+            if not self._unwritten:
+                self._clean.notify_all()
+        if dropped:
+            self._drop_below(dropped)
+
+    def wait_clean(self, timeout_s: float) -> bool:
+        """Wait until every committed block has been written below or given up."""
+        with self._clean:
+            return self._clean.wait_for(lambda: self._unwritten == 0, timeout_s)
+
+    def take_slots(self, ids: Int32s) -> tuple[Slots, list[Span]]:
+        """Lend slots to read pinned blocks into; fewer where the arena gives no more."""
+        if not len(ids):
+            return EMPTY, []
+        with self._lock:
+            nbytes = self._spaces[int(self._index.rows[ids[0], NAMESPACE])].nbytes
+            slots = self._take(nbytes, len(ids), self._clock())
+            self._lent_pages += self.arena.pages_of(nbytes) * len(slots)
+            return slots, self._spans(ids[: len(slots)], slots)
+
+    def fetched(self, ids: Int32s, slots: Slots, keep: Bools, parent: int = NO_PARENT) -> None:
+        """Take lent slots back: those in `keep` hold whole blocks, and stay with their entries."""
+        now = self._clock()
+        with self._lock:
+            nbytes = self._spaces[int(self._index.rows[ids[0], NAMESPACE])].nbytes
+            self._lent_pages -= self.arena.pages_of(nbytes) * len(slots)
+            rows = self._index.rows
+            # Another fetch may have been first, and a block may have been dropped meanwhile.
+            first = keep & (rows[ids, SLOT] == NO_SLOT)
+            first &= (rows[ids, STATE] & STATE_MASK) == COMMITTED
+            rows[ids[first], SLOT] = slots[first]
+            self.arena.give(nbytes, slots[~first])
+            for run in _split(ids, np.flatnonzero(first), parent, nbytes):
+                self._policy.added(run, now)
+            self._policy.held(ids[first])
+            self._metrics.add("fetched_blocks", int(first.sum()), tier=self._tiers[0].name)
+
+    def corrupt(self, ids: Int32s, where: str) -> None:
+        """Drop pinned blocks whose bytes did not verify: no one is served them again."""
+        if len(ids):
+            self._metrics.add("corrupt_blocks", len(ids), tier=where)
+            with self._lock:
+                gone = self._drop(ids)
+            self._drop_below(gone)
+
+    def drop(self, keys: BlockKeys) -> int:
+        """Forget blocks everywhere; leased ones go when they are released. Returns how many."""
+        with self._lock:
+            ids = self._index.find(keys.words)
+            ids = ids[self._present(ids, keys.namespace.number)[0]]
+            gone = self._drop(ids)
+        self._drop_below(gone)
+        self._metrics.add("dropped_blocks", len(gone))
+        return len(gone)
+
+    def squeeze(self, nbytes: int) -> int:
+        """Evict clean, unleased blocks until at most `nbytes` of memory are taken."""
+        with self._lock:
+            before = self.arena.taken_pages
+            excess = before * PAGE_BYTES - nbytes
+            if excess > 0:
+                for victims in self._policy.victims(excess, self._clock()):
+                    self._evict(victims)
+            return (before - self.arena.taken_pages) * PAGE_BYTES
+
+    # Looking on
+
+    def stats(self) -> dict[str, int]:
+        """Return counts of blocks and bytes, as they stand."""
+        with self._lock:
+            live = self._index.live()
+            rows = self._index.rows[live]
+            committed = (rows[:, STATE] & STATE_MASK) == COMMITTED
+            return {
+                "blocks": int(committed.sum()),
+                "memory_blocks": int((committed & (rows[:, SLOT] != NO_SLOT)).sum()),
+                "memory_bytes": self.arena.taken_pages * PAGE_BYTES,
+                "tier_blocks": int((committed & (rows[:, STATE] >> TIER_SHIFT != 0)).sum()),
+                "leases": len(self._leases),
+                "reservations": len(self._reservations),
+                "quarantined_blocks": sum(len(slots) for _, slots in self._quarantine.values()),
+                "unwritten_blocks": self._unwritten,
+                "index_bytes": self._index.nbytes + self._policy.nbytes,
+            }
+
+    def check(self) -> None:
+        """Raise AssertionError where the books do not balance. At rest: no lease, no reservation,
+        nothing lent."""
+        with self._lock:
+            live = self._index.live()
+            rows = self._index.rows[live]
+            state = rows[:, STATE] & STATE_MASK
+            assert set(state.tolist()) <= {FILLING, COMMITTED}
+            slots = rows[rows[:, SLOT] != NO_SLOT]
+            assert len(np.unique(slots[:, SLOT])) == len(slots)
+            pages = sum(
+                self.arena.pages_of(self._spaces[number].nbytes) for number in slots[:, NAMESPACE]
+            )
+            pages += self._lent_pages
+            for nbytes, held in self._quarantine.values():
+                pages += self.arena.pages_of(nbytes) * len(held)
+            assert (rows[:, LEASES] >= 0).all()
+            if not self._leases and not self._reservations and not self._unwritten:
+                assert pages == self.arena.taken_pages, (pages, self.arena.taken_pages)
+                if not self._lent_pages:
+                    assert not rows[:, LEASES].any()
+                    assert (state == COMMITTED).all()
+            nowhere = (rows[:, SLOT] == NO_SLOT) & (rows[:, STATE] >> TIER_SHIFT == 0)
+            assert not nowhere.any()
+
+    # Under the lock
+
+    def _number(self, digest: bytes, nbytes: int) -> int:
+        number = self._numbers.get(digest)
+        if number is None:
+            number = self._numbers[digest] = len(self._spaces)
+            self._spaces.append(Space(digest, nbytes, None))
+        return number
+
+    def _adopt(self, tier: int, held: Sequence[Held]) -> int:
+        ids, fresh = self._index.claim(_words([h.key for h in held]))
+        numbers = [self._number(h.identity, h.frame_bytes) for h in held]
+        rows = self._index.rows
+        rows[ids[fresh], SLOT] = NO_SLOT
+        rows[ids[fresh], LEASES] = 0
+        rows[ids[fresh], STATE] = COMMITTED
+        rows[ids[fresh], NAMESPACE] = np.array(numbers, dtype=np.int32)[fresh]
+        self._index.add_tier(ids, tier)
+        return int(fresh.sum())
+
+    def _present(self, ids: Int32s, number: int) -> tuple[Bools, Bools]:
+        """Return which ids are blocks of this namespace, and which of them are in memory."""
+        rows = self._index.rows[ids]
+        state = rows[:, STATE]
+        here = (ids >= 0) & ((state & STATE_MASK) == COMMITTED) & (rows[:, NAMESPACE] == number)
+        in_memory = here & (rows[:, SLOT] != NO_SLOT)
+        return in_memory | (here & (state >> TIER_SHIFT != 0)), in_memory
+
+    def _prefix(self, keys: BlockKeys) -> tuple[Int32s, int]:
+        ids = self._index.find(keys.words)
+        if not len(ids):
+            return EMPTY, 0
+        present, in_memory = self._present(ids, keys.namespace.number)
+        count = _leading(present)
+        return ids[:count], min(count, _leading(in_memory))
+
+    def _parent(self, keys: BlockKeys) -> int:
+        if keys.parent == ROOT_KEY:
+            return NO_PARENT
+        return int(self._index.find(_words([keys.parent]))[0])
+
+    def _take(self, nbytes: int, count: int, now: float) -> Slots:
+        slots = self.arena.take(nbytes, count)
+        if len(slots) == count:
+            return slots
+        parts = [slots]
+        missing = count - len(slots)
+        slot_bytes = self.arena.pages_of(nbytes) * PAGE_BYTES
+        for victims in self._policy.victims(missing * slot_bytes, now):
+            mixed = self._evict(victims)
+            if mixed:
+                self.arena.compact()
+            parts.append(self.arena.take(nbytes, missing))
+            missing -= len(parts[-1])
+            if not missing:
+                break
+        while missing:
+            # Slots of other sizes were given up: their extents may be whole now, or more must go.
+            victims = next(self._policy.victims(missing * slot_bytes, now), EMPTY)
+            if not len(victims):
+                break
+            self._evict(victims)
+            self.arena.compact()
+            parts.append(self.arena.take(nbytes, missing))
+            missing -= len(parts[-1])
+        return np.concatenate(parts)
+
+    def _evict(self, ids: Int32s) -> bool:
+        """Take victims out of memory. Returns whether their slots have several sizes."""
+        self._policy.removed(ids)
+        numbers = self._index.rows[ids, NAMESPACE]
+        below = self._index.tiers(ids) != 0
+        self._give_slots(ids)
+        self._discard(ids[~below])
+        self._metrics.add("evicted_blocks", len(ids), reason="memory")
+        return bool((numbers != numbers[0]).any())
+
+    def _give_slots(self, ids: Int32s) -> None:
+        rows = self._index.rows
+        numbers = rows[ids, NAMESPACE]
+        for number in np.unique(numbers).tolist():
+            mine = ids[numbers == number]
+            slots = rows[mine, SLOT]
+            self.arena.give(self._spaces[number].nbytes, slots[slots != NO_SLOT])
+        rows[ids, SLOT] = NO_SLOT
+
+    def _unlease(self, ids: Int32s) -> None:
+        free = self._index.unlease(ids)
+        if not len(free):
+            return
+        doomed = self._index.states(free) == DOOMED
+        if doomed.any():
+            self._give_slots(free[doomed])
+            self._index.rows[free[doomed], STATE] = 0
+            self._index.free(free[doomed])
+            free = free[~doomed]
+        self._policy.freed(free)
+
+    def _discard(self, ids: Int32s) -> None:
+        """Forget unleased entries without a slot."""
+        if len(ids):
+            self._index.erase(ids)
+            self._index.rows[ids, STATE] = 0
+            self._index.free(ids)
+
+    def _forget(self, ids: Int32s) -> None:
+        """Forget entries now, or when their last lease ends."""
+        leased = self._index.rows[ids, LEASES] != 0
+        waiting = ids[leased]
+        self._index.erase(waiting)
+        self._index.rows[waiting, STATE] = DOOMED
+        self._give_slots(ids[~leased])
+        self._discard(ids[~leased])
+
+    def _drop(self, ids: Int32s) -> list[bytes]:
+        ids = np.unique(ids)
+        ids = ids[self._index.states(ids) == COMMITTED]
+        keys = [key.tobytes() for key in self._index.keys(ids)]
+        self._policy.removed(ids)
+        self._forget(ids)
+        return keys
+
+    def _drop_below(self, keys: Sequence[bytes]) -> None:
+        for tier in self._tiers:
+            tier.drop(keys)
+
+    def _unreserve(self, ids: Int32s, slots: Slots, keys: BlockKeys) -> None:
+        if len(ids):
+            self._index.rows[ids, LEASES] = 0
+            self.arena.give(self._spaces[keys.namespace.number].nbytes, slots)
+            self._discard(ids)
+
+    def _sweep(self, now: float) -> None:
+        """Reap the leases and reservations of dead owners. Both stand in order of deadline."""
+        while self._dead:
+            self._acknowledge(self._dead.popleft())
+        while self._leases:
+            lease = next(iter(self._leases.values()))
+            if lease.deadline > now:
+                break
+            del self._leases[lease.token]
+            self._unlease(lease._ids)
+            self._metrics.add("expired", 1, kind="lease")
+        while self._reservations:
+            reservation = next(iter(self._reservations.values()))
+            if reservation.deadline > now:
+                break
+            del self._reservations[reservation.token]
+            nbytes = self._spaces[reservation.keys.namespace.number].nbytes
+            self._quarantine[reservation.token] = (nbytes, reservation.slots)
+            self._index.rows[reservation._ids, LEASES] = 0
+            self._discard(reservation._ids)
+            self._metrics.add("expired", 1, kind="reservation")
+
+    def _acknowledge(self, token: bytes) -> None:
+        nbytes, slots = self._quarantine.pop(token, (0, EMPTY))
+        if len(slots):
+            self.arena.give(nbytes, slots)
+
+    def _spans(self, ids: Int32s, slots: Slots) -> list[Span]:
+        nbytes = self._spaces[int(self._index.rows[ids[0], NAMESPACE])].nbytes
+        room = self.arena.pages_of(nbytes) * PAGE_BYTES
+        return [
+            Span(key.tobytes(), self.arena.view(slot, room), nbytes)
+            for key, slot in zip(self._index.keys(ids), slots.tolist(), strict=True)
+        ]
+
+
+def _words(keys: Sequence[bytes]) -> NDArray[np.uint64]:
+    return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, KEY_BYTES // 8)
+
+
+def _leading(flags: Bools) -> int:
+    return len(flags) if flags.all() else int(flags.argmin())
+
+
+def _runs(reservation: Reservation, good: Bools, nbytes: int) -> Iterator[Run]:
+    """Cut what is committed into runs of consecutive blocks."""
+    indices = reservation.indices[good]
+    ids = reservation._ids[good]
+    parents = reservation._parents[good]
+    if not len(ids):
+        return
+    cuts = np.flatnonzero(np.diff(indices) != 1) + 1
+    bounds = [0, *cuts.tolist(), len(ids)]
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        position = reservation.keys.position + int(indices[start])
+        yield Run(ids[start:stop], int(parents[start]), position, nbytes)
+
+
+def _split(
+    ids: Int32s, chosen: NDArray[np.intp], parent: int, nbytes: int
+) -> Iterator[Run]:
+    """Cut the chosen ones of consecutive blocks into runs. Positions are not known: 0."""
+    if not len(chosen):
+        return
+    cuts = np.flatnonzero(np.diff(chosen) != 1) + 1
+    bounds = [0, *cuts.tolist(), len(chosen)]
+    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        at = int(chosen[start])
+        above = int(ids[at - 1]) if at else parent
+        yield Run(np.ascontiguousarray(ids[chosen[start:stop]]), above, 0, nbytes)
+
+
+def _batches(found: Iterator[Held], size: int = 4096) -> Iterator[list[Held]]:
+    batch: list[Held] = []
+    for held in found:
+        batch.append(held)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch

@@ -1,0 +1,73 @@
+"""Everything slower than memory: whole frames in and out of arena slots, a table at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+# Called once for each span, from the tier's own thread: its index in the table, and whether its
+# bytes are where they should be. Until then the span's slot is the job's.
+Report = Callable[[int, bool], None]
+# Called with keys that a tier has given up by itself (evicted, damaged), from any thread.
+Dropped = Callable[[Sequence[bytes]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One frame to move. `frame` is arena memory: whole pages, the frame at its start."""
+
+    key: bytes
+    frame: memoryview
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One frame that a tier holds, as found when it was opened."""
+
+    key: bytes
+    identity: bytes
+    frame_bytes: int
+
+
+class Tier(Protocol):
+    """Keep frames where memory does not reach.
+
+    A failure is a report of False, never an exception: the tier counts it. Payload digests are
+    verified where frames are loaded, headers where they are read.
+    """
+
+    @property
+    def name(self) -> str:
+        """A word for metrics: "disk" …"""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of frames held."""
+        ...
+
+    def scan(self) -> Iterator[Held]:
+        """Yield what was found when the tier was opened."""
+        ...
+
+    def read(self, spans: Sequence[Span], deadline: float, report: Report) -> None:
+        """Fill slots with frames. Spans not begun by the deadline are reported False."""
+        ...
+
+    def write(self, spans: Sequence[Span], deadline: float, report: Report) -> None:
+        """Keep frames; visible here only once written in full."""
+        ...
+
+    def drop(self, keys: Sequence[bytes]) -> None:
+        """Forget keys; unknown ones are no error."""
+        ...
+
+    def close(self) -> None:
+        """Finish what is under way, give back files and threads. Idempotent."""
+        ...
+
+    def detach(self) -> None:
+        """After a fork, in the child: let go of descriptors and locks, touch nothing."""
+        ...

@@ -1,0 +1,219 @@
+"""Bytes between the caller's arrays and arena slots, on worker threads, a table at a time.
+
+A table is cut into tasks of a few layers of all its blocks, so that layers finish in order and a
+reader may start on the first ones. A task is one call into a kernel that copies and digests without
+the GIL. Nothing here knows of keys or tiers: `on_done` of a job tells its owner how each segment
+fared.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvengine.codec import Codec
+from kvengine.kernels.copy import BAD, GOOD, Moves
+from kvengine.workers import Workers
+
+TASK_BYTES = 8 << 20
+JOBS_MAX = 1024
+
+Bools = NDArray[np.bool_]
+
+
+class Transfer:
+    """Work under way between caches and the engine; says when it is done.
+
+    A load's blocks are computed tokens only where `good` says so; `blocks` counts the leading good
+    ones. A save's `good` says which blocks the engine holds now. The arrays are the engine's until
+    `done`. All methods are safe from any thread.
+    """
+
+    def __init__(self, count: int, layers: int) -> None:
+        self.good: Bools = np.zeros(count, dtype=np.bool_)
+        self.nbytes = 0
+        self.error: str | None = None
+        self._verdicts = np.zeros((count, layers), dtype=np.uint8)
+        self._pending = np.zeros(layers, dtype=np.int64)
+        self._changed = threading.Condition()
+        self._finished = False
+        self._cancelled = False
+
+    @property
+    def blocks(self) -> int:
+        """Leading good blocks; final once `done`."""
+        return len(self.good) if self.good.all() else int(self.good.argmin())
+
+    def done(self) -> bool:
+        """Whether all is over: the caller may reuse its blocks."""
+        return self._finished
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Wait until done. False if the time ran out first; the work goes on."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self._finished, timeout_s)
+
+    def wait_layer(self, layer: int, timeout_s: float | None = None) -> bool:
+        """Wait until one layer of every block is there. False if the time ran out first."""
+        with self._changed:
+            return self._changed.wait_for(
+                lambda: self._finished or not self._pending[layer], timeout_s
+            )
+
+    def layer_good(self, layer: int) -> Bools:
+        """Say which blocks' bytes of a layer are there and verified. Call after `wait_layer`."""
+        return self._verdicts[:, layer] == GOOD
+
+    def cancel(self) -> bool:
+        """Begin no more copying, and wait for what is being copied. Blocks not whole are not good.
+
+        Returns once the caller may reuse its blocks: True. Fetches from tiers end by themselves.
+        """
+        self.stop()
+        return self.wait()
+
+    # For the engine
+
+    def stop(self) -> None:
+        """Begin no more copying."""
+        self._cancelled = True
+
+    def expect(self, layers: NDArray[np.integer] | slice, count: int) -> None:
+        """Count pieces of work that these layers wait for."""
+        with self._changed:
+            self._pending[layers] += count
+
+    def arrived(self, layers: slice) -> None:
+        """Count one piece less."""
+        with self._changed:
+            self._pending[layers] -= 1
+            if not self._pending[layers].all():
+                self._changed.notify_all()
+
+    def finish(self, good: Bools, nbytes: int, error: str | None = None) -> None:
+        """Say how it went, and wake those who wait. Once."""
+        with self._changed:
+            self.good, self.nbytes = good, nbytes
+            self.error = self.error or error
+            self._finished = True
+            self._changed.notify_all()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled
+
+    @property
+    def verdicts(self) -> NDArray[np.uint8]:
+        """uint8[blocks, layers]: copy.GOOD, copy.BAD, or 0 where nothing has been done."""
+        return self._verdicts
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One table to move. `rows` are its blocks' places in the Transfer.
+
+    digests: uint64[blocks, segments, 2], written by a save, read by a load. `keeps` is held
+    until the job is over: the arrays behind the addresses.
+    """
+
+    moves: Moves
+    digests: NDArray[np.uint64]
+    rows: NDArray[np.intp]
+    on_done: Callable[[NDArray[np.uint8]], None]
+    keeps: object
+
+
+class Transfers:
+    """Worker threads that run Jobs for Transfers. Bounded: at most JOBS_MAX at a time."""
+
+    def __init__(self, threads: int, on_error: Callable[[Exception], None]) -> None:
+        self._on_error = on_error
+        self._workers = Workers(threads, "kvengine-transfer", on_error)
+        self._lock = threading.Lock()
+        self._jobs = 0
+
+    def full(self) -> bool:
+        """Whether a new transfer must be refused."""
+        return self._jobs >= JOBS_MAX
+
+    def save(self, transfer: Transfer, job: Job, codec: Codec) -> None:
+        """Fill frames from caches; `on_done` gets verdicts, uint8[blocks, segments]."""
+        verdicts = np.zeros(job.digests.shape[:2], dtype=np.uint8)
+
+        def work(blocks: tuple[int, int], segments: tuple[int, int]) -> None:
+            codec.encode(job.moves, blocks, segments, job.digests)
+            verdicts[slice(*blocks), slice(*segments)] = GOOD
+
+        self._run(transfer, job, verdicts, work)
+
+    def load(self, transfer: Transfer, job: Job, codec: Codec) -> None:
+        """Verify frames and fill caches; `on_done` gets verdicts, uint8[blocks, segments]."""
+        verdicts = np.zeros(job.digests.shape[:2], dtype=np.uint8)
+
+        def work(blocks: tuple[int, int], segments: tuple[int, int]) -> None:
+            codec.decode(job.moves, blocks, segments, job.digests, verdicts)
+
+        self._run(transfer, job, verdicts, work)
+
+    def close(self, timeout_s: float) -> bool:
+        """Finish what is queued and end the threads. False if that took longer than the time."""
+        return self._workers.close(timeout_s)
+
+    def submit(self, work: Callable[[], None]) -> bool:
+        """Queue other work of a transfer. False once closed."""
+        return self._workers.submit(work)
+
+    def _run(
+        self,
+        transfer: Transfer,
+        job: Job,
+        verdicts: NDArray[np.uint8],
+        work: Callable[[tuple[int, int], tuple[int, int]], None],
+    ) -> None:
+        tasks = _tasks(job.moves)
+        left = [len(tasks)]
+        with self._lock:
+            self._jobs += 1
+        for _, segments in tasks:
+            transfer.expect(slice(*segments), 1)
+
+        def run(blocks: tuple[int, int], segments: tuple[int, int]) -> None:
+            try:
+                if not transfer.cancelled:
+                    work(blocks, segments)
+            except Exception as error:  # one task of a thread loop: its blocks are not good
+                verdicts[slice(*blocks), slice(*segments)] = BAD
+                transfer.error = f"{type(error).__name__}: {error}"
+                self._on_error(error)
+            rows, layers = job.rows[slice(*blocks)], slice(*segments)
+            transfer.verdicts[rows, layers] = verdicts[slice(*blocks), layers]
+            with self._lock:
+                left[0] -= 1
+                last = left[0] == 0
+                self._jobs -= last
+            transfer.arrived(layers)
+            if last:
+                job.on_done(verdicts)
+
+        for blocks, segments in tasks:
+            if not self._workers.submit(lambda b=blocks, s=segments: run(b, s)):
+                transfer.stop()
+                run(blocks, segments)
+
+
+def _tasks(moves: Moves) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+    """Cut a table into pieces of about TASK_BYTES: layers first, blocks where layers are large."""
+    blocks, segments = len(moves.frames), len(moves.segments)
+    segment_bytes = max(1, int(moves.segments[0, 3]))
+    block_step = max(1, min(blocks, 2 * TASK_BYTES // segment_bytes))
+    segment_step = max(1, TASK_BYTES // (segment_bytes * block_step))
+    return [
+        ((b, min(b + block_step, blocks)), (s, min(s + segment_step, segments)))
+        for s in range(0, segments, segment_step)
+        for b in range(0, blocks, block_step)
+    ]
