@@ -62,7 +62,8 @@ class Arena:
             except OSError:
                 pass  # a kernel without huge pages: the slab works all the same
         self.memory = memoryview(self._map)
-        self.address = np.frombuffer(self._map, dtype=np.uint8).ctypes.data
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self.address = self._bytes.ctypes.data
         self._holes: list[tuple[int, int]] = [(0, pages)]
         self._classes: dict[int, SizeClass] = {}
         self.taken_pages = 0
@@ -107,6 +108,19 @@ class Arena:
     def view(self, slot: int, nbytes: int) -> memoryview:
         """Return the first `nbytes` of a slot, writable."""
         return self.memory[slot * PAGE_BYTES : slot * PAGE_BYTES + nbytes]
+
+    def put(self, slots: Slots, data: NDArray[np.uint8]) -> None:
+        """Write the first bytes of slots. data: uint8[n, size]."""
+        size = data.shape[1]
+        for at, row in zip(self.offsets(slots).tolist(), data, strict=True):
+            self._bytes[at : at + size] = row
+
+    def get(self, slots: Slots, size: int) -> NDArray[np.uint8]:
+        """Copy the first bytes of slots: uint8[n, size]."""
+        data = np.empty((len(slots), size), dtype=np.uint8)
+        for row, at in enumerate(self.offsets(slots).tolist()):
+            data[row] = self._bytes[at : at + size]
+        return data
 
     def compact(self) -> None:
         """Give extents whose slots are all free back to the slab, for other size classes."""

@@ -145,7 +145,9 @@ class PagedCache:
             )
         if layout.is_opaque:
             if given.itemsize != 1:
-                raise LayoutError(f"{name} is {given.dtype}, expected a 1-byte dtype (opaque pages)")
+                raise LayoutError(
+                    f"{name} is {given.dtype}, expected a 1-byte dtype (opaque pages)"
+                )
         elif given.dtype != layout.dtype:
             raise LayoutError(
                 f"{name} is {given.dtype}, the namespace's layout says {layout.dtype}: cast it, or "
@@ -167,7 +169,8 @@ class PagedCache:
                 blocks, page_tokens = shape[0], layout.block_tokens
                 strides = Strides(stride[0], 0, 0, stride[1])
         else:
-            names = ("tokens", layout.kv_heads) if layout.order == "NHD" else (layout.kv_heads, "tokens")
+            nhd = layout.order == "NHD"
+            names = ("tokens", layout.kv_heads) if nhd else (layout.kv_heads, "tokens")
             expected = ("blocks", *names, dim) if layout.paged else (*names, dim)
             fits = len(shape) == len(expected) and all(
                 isinstance(want, str) or want == have
@@ -194,7 +197,9 @@ class PagedCache:
             self.page_tokens,
             self.tokens,
         ):
-            raise LayoutError(f"{name} has shape {shape}, other layers have another number of blocks")
+            raise LayoutError(
+                f"{name} has shape {shape}, other layers have another number of blocks"
+            )
         self.blocks, self.page_tokens, self.tokens = blocks, page_tokens, tokens
         self._views.append(given)
         if strides not in self._strides:
@@ -214,12 +219,16 @@ class PagedCache:
                     "cannot be filled; use .contiguous()"
                 )
             if stride % item:
-                raise LayoutError(f"{name} has stride {stride} on axis {axis}, no multiple of {item}")
+                raise LayoutError(
+                    f"{name} has stride {stride} on axis {axis}, no multiple of {item}"
+                )
 
     def _segment_table(self) -> Int64s:
         parts = len(self.layout.head_dims)
         nbytes = self.layout.segment_bytes
-        rows = [(layer * parts, parts, layer * nbytes, nbytes) for layer in range(self.layout.layers)]
+        rows = [
+            (layer * parts, parts, layer * nbytes, nbytes) for layer in range(self.layout.layers)
+        ]
         return np.array(rows, dtype=np.int64)
 
     def _table(self, *, by_token: bool) -> Int64s:
@@ -231,9 +240,11 @@ class PagedCache:
             strides = self._strides[self._groups[number]]
             start = layer * layout.segment_bytes + sum(layout.component_bytes[:part])
             if layout.is_opaque:
-                pattern = (1, 0, 0, 1, 0, 0, layout.head_dim, 0)
+                pattern: tuple[int, ...] = (1, 0, 0, 1, 0, 0, layout.head_dim, 0)
             else:
-                pattern = self._pattern(strides, layout.head_dims[part] * layout.item_bytes, by_token)
+                pattern = self._pattern(
+                    strides, layout.head_dims[part] * layout.item_bytes, by_token
+                )
             rows.append((given.address, self._groups[number], *pattern, start))
         return np.array(rows, dtype=np.int64)
 
@@ -262,7 +273,7 @@ def _stack(offsets: list[Int64s]) -> Int64s:
 
 def _integers(name: str, given: object) -> Int64s:
     if hasattr(given, "__dlpack__") and not isinstance(given, np.ndarray):
-        given = np.from_dlpack(given)  # type: ignore[arg-type]  # the protocol is checked just above
+        given = np.from_dlpack(given)
     array = np.asarray(given)
     if array.size == 0:
         return np.empty(0, dtype=np.int64)

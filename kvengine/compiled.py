@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,16 +27,15 @@ def compiled(function: Function) -> Function:
         return function
     import numba
 
-    made: Function = numba.njit(cache=True)(function)
-    return made
+    return cast(Function, numba.njit(cache=True)(function))
 
 
 def column(array: Int32s) -> Int32s:
     """Return a flat array in the form that the loops read fastest."""
     # The memoryview stands in for the array: it is indexed and assigned to in the same way.
-    return array if NATIVE else memoryview(array)  # type: ignore[return-value]
+    return array if NATIVE else cast(Int32s, array.data)
 
 
 def column64(array: Int64s) -> Int64s:
     """Return a flat array of 64-bit integers in the form that the loops read fastest."""
-    return array if NATIVE else memoryview(array)  # type: ignore[return-value]
+    return array if NATIVE else cast(Int64s, array.data)

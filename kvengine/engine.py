@@ -26,6 +26,7 @@ from kvengine.config import Config
 from kvengine.errors import ClosedError, LayoutError
 from kvengine.frame import Template
 from kvengine.index import NO_SLOT
+from kvengine.kernels import launch
 from kvengine.kernels.copy import BAD, GOOD
 from kvengine.keys import FORMAT_VERSION, BlockKeys, Identity, Namespace
 from kvengine.layout import Layout
@@ -96,7 +97,7 @@ class Engine:
             raise
         self._leave = _watch(self)
         self._populating = threading.Thread(
-            target=arena.populate, name="kvengine-populate", daemon=True
+            target=self._prepare, name="kvengine-prepare", daemon=True
         )
         self._populating.start()
 
@@ -210,18 +211,16 @@ class Engine:
         """
         layout = keys.namespace.layout
         cache = self._cache(layout, caches, writable=False)
-        table, mapping, count = cache.checked(
-            len(keys), block_table, slot_mapping, unique=False
-        )
+        table, mapping, count = cache.checked(len(keys), block_table, slot_mapping, unique=False)
         if count != len(keys):
             raise LayoutError(f"a table for {count} blocks and {len(keys)} keys: give one for each")
         transfer = Transfer(count, layout.layers)
         if self._away() or self._transfers.full() or not count:
             return self._refuse(transfer)
         reservation = self._store.reserve(keys)
-        rows = reservation.indices
+        rows, good = reservation.indices, reservation.held
         if not len(rows):
-            transfer.finish(self._store.contains(keys), 0)
+            transfer.finish(good, 0)
             return transfer
         store, template = self._store, _template(self._store, keys.namespace)
         frames = store.arena.addresses(reservation.slots) + template.header_bytes
@@ -237,7 +236,9 @@ class Engine:
             self._write_headers(reservation, digests)
             saved = store.commit(reservation, whole)
             self.metrics.add("saved_blocks", saved)
-            transfer.finish(store.contains(keys), saved * layout.payload_bytes)
+            if saved:
+                good[rows] = whole
+            transfer.finish(good, saved * layout.payload_bytes)
             self._pump()
 
         self._transfers.save(transfer, Job(moves, digests, rows, done, cache), self._codec)
@@ -278,7 +279,7 @@ class Engine:
     # Keeping house
 
     def flush(self, timeout_s: float = CLOSE_S) -> bool:
-        """Wait until every committed block is in the tier below, or given up. False: not in time."""
+        """Wait until every committed block is in the tier below, or given up. False: too late."""
         if self._away():
             return True
         self._pump()
@@ -326,7 +327,7 @@ class Engine:
         return stats
 
     def warm(self, timeout_s: float | None = None) -> bool:
-        """Wait until the arena's memory is backed by the system. False: not in time."""
+        """Wait until kernels are loaded and the arena's memory is backed. False: not in time."""
         self._populating.join(timeout_s)
         return not self._populating.is_alive()
 
@@ -360,6 +361,11 @@ class Engine:
             self._tier.detach()
 
     # Inside
+
+    def _prepare(self) -> None:
+        """Have compiled kernels and memory ready before the first save asks for them."""
+        launch.choose(None)
+        self._store.arena.populate()
 
     def _alive(self) -> None:
         if self._closed:
@@ -400,8 +406,7 @@ class Engine:
             keys.position + reservation.indices,
             digests,
         )
-        for slot, header in zip(reservation.slots.tolist(), headers, strict=True):
-            store.arena.view(slot, len(header))[:] = header.data
+        store.arena.put(reservation.slots, headers)
 
     def _pump(self) -> None:
         """Give the tier the next committed blocks, while less than WRITE_BYTES are under way."""
@@ -511,9 +516,7 @@ class _Load:
     ) -> None:
         """Verify headers, then segments, and fill the caller's cache."""
         size = self._template.header_bytes
-        headers = np.empty((len(rows), size), dtype=np.uint8)
-        for row, slot in enumerate(slots.tolist()):
-            headers[row] = np.frombuffer(self._store.arena.view(slot, size), dtype=np.uint8)
+        headers = self._store.arena.get(slots, size)
         fine, digests = self._template.read(headers, self._keys.table[rows])
         tried = np.flatnonzero(fine)
 

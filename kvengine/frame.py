@@ -156,7 +156,18 @@ def decode(data: bytes | memoryview) -> Header:
         raise FrameError("segments do not tile the payload in order")
     part = (layer, layer_end, head, head_end)
     return Header(
-        key, parent, identity, fill, part, position, tokens, segments, digests, encoding, kind, key_id
+        key,
+        parent,
+        identity,
+        fill,
+        part,
+        position,
+        tokens,
+        segments,
+        digests,
+        encoding,
+        kind,
+        key_id,
     )
 
 
@@ -204,8 +215,7 @@ class Template:
         data[:, 120:136] = np.frombuffer(fill, dtype=np.uint8)
         data[:, 144:148] = positions.astype("<u4").reshape(-1, 1).view(np.uint8)
         self._table(data)[:, :, 2:] = digests
-        for row in data:
-            row[DIGEST_AT:FIXED_BYTES] = np.frombuffer(xxhash.xxh3_128_digest(row), np.uint8)
+        data[:, DIGEST_AT:FIXED_BYTES] = self._digests(data)
         return data
 
     def read(
@@ -218,14 +228,19 @@ class Template:
         """
         found = data[:, DIGEST_AT:FIXED_BYTES].copy()
         data[:, DIGEST_AT:FIXED_BYTES] = 0
-        real = b"".join(xxhash.xxh3_128_digest(row) for row in data)
-        good = (found == np.frombuffer(real, np.uint8).reshape(-1, 16)).all(axis=1)
+        good = (found == self._digests(data)).all(axis=1)
         good &= (data[:, 24:56] == keys).all(axis=1)
         for start, stop in ((0, 24), (88, 120), (136, 144), (148, DIGEST_AT)):
             good &= (data[:, start:stop] == self._blank[start:stop]).all(axis=1)
         table = self._table(data)
         good &= (table[:, :, :2] == self.segments).all(axis=(1, 2))
         return good, np.ascontiguousarray(table[:, :, 2:])
+
+    def _digests(self, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        size = self.header_bytes
+        flat = data.data.cast("B") if len(data) else memoryview(b"")
+        digests = (xxhash.xxh3_128_digest(flat[at : at + size]) for at in range(0, len(flat), size))
+        return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
 
     def _table(self, data: NDArray[np.uint8]) -> NDArray[np.uint64]:
         end = FIXED_BYTES + SEGMENT_BYTES * len(self.segments)

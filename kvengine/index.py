@@ -220,9 +220,7 @@ class KeyTable:
             size *= 2
         if size != len(self._table):
             self._table = np.full(size, -1, dtype=np.int32)
-            _rebuild(
-                column(live), len(live), column64(self._keys), column(self._table), size - 1
-            )
+            _rebuild(column(live), len(live), column64(self._keys), column(self._table), size - 1)
         self._resize_columns(self.capacity)
 
     def _resize_columns(self, capacity: int) -> None:
@@ -246,21 +244,19 @@ class Index(KeyTable):
         """int32[capacity, 4]: SLOT, LEASES, NAMESPACE, STATE (state | tier bits << 8)."""
         return self._rows.reshape(-1, 4)
 
-    def start(self, ids: Int32s, namespace: int, slots: Int32s) -> None:
-        """Make new rows FILLING, leased once by their reservation."""
-        rows = self.rows
-        rows[ids, SLOT] = slots
-        rows[ids, LEASES] = 1
-        rows[ids, NAMESPACE] = namespace
-        rows[ids, STATE] = FILLING
+    def start(self, ids: Int32s, namespace: int) -> None:
+        """Make new rows FILLING, without a slot, leased once by their reservation."""
+        self.rows[ids] = (NO_SLOT, 1, namespace, FILLING)
 
     def states(self, ids: Int32s) -> NDArray[np.int32]:
         """Return FREE, FILLING, COMMITTED or DOOMED for each."""
-        return self.rows[ids, STATE] & STATE_MASK
+        states: NDArray[np.int32] = self.rows[ids, STATE] & STATE_MASK
+        return states
 
     def tiers(self, ids: Int32s) -> NDArray[np.int32]:
         """Return the bits of the tiers that hold each."""
-        return self.rows[ids, STATE] >> TIER_SHIFT
+        tiers: NDArray[np.int32] = self.rows[ids, STATE] >> TIER_SHIFT
+        return tiers
 
     def set_state(self, ids: Int32s, state: int) -> None:
         """Change the state, keep the tier bits."""

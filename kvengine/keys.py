@@ -97,10 +97,8 @@ def token_bytes(tokens: Tokens) -> memoryview:
         )
     if array.dtype != np.uint32:
         if int(array.min()) < 0 or int(array.max()) >= 1 << 32:
-            raise BadKey(
-                f"token ids lie in 0..2**32-1, got {int(array.min())}..{int(array.max())}"
-            )
-    return memoryview(np.ascontiguousarray(array, dtype="<u4")).cast("B")
+            raise BadKey(f"token ids lie in 0..2**32-1, got {int(array.min())}..{int(array.max())}")
+    return np.ascontiguousarray(array, dtype="<u4").data.cast("B")
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,7 +60,9 @@ class Layout:
         for name in ("layers", "kv_heads", "head_dim", "block_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
-                raise LayoutError(f"Layout.{name} must be a whole number of at least 1, got {value!r}")
+                raise LayoutError(
+                    f"Layout.{name} must be a whole number of at least 1, got {value!r}"
+                )
         if not isinstance(self.head_dim_v, int) or self.head_dim_v < 0:
             raise LayoutError(f"Layout.head_dim_v must be 0 or more, got {self.head_dim_v!r}")
         if self.layers > LAYERS_MAX:
@@ -82,11 +84,11 @@ class Layout:
             )
 
     @classmethod
-    def opaque(
-        cls, *, layers: int, page_bytes: int, block_tokens: int, permutation: str
-    ) -> Layout:
+    def opaque(cls, *, layers: int, page_bytes: int, block_tokens: int, permutation: str) -> Layout:
         """Describe pages whose inside only the serving engine knows: `page_bytes` a layer."""
-        return cls(layers, 1, page_bytes, 0, "uint8", block_tokens, "HND", True, "full", permutation)
+        return cls(
+            layers, 1, page_bytes, 0, "uint8", block_tokens, "HND", True, "full", permutation
+        )
 
     @property
     def is_opaque(self) -> bool:

@@ -1,8 +1,9 @@
 """Blocks held by this node: reserve → fill → commit, match → use → release.
 
-One lock, held for index work only: bytes are copied, encoded, read and sent by others, in slots that
-the store has lent them. Nobody sees an uncommitted block, nobody loses a leased one, and a slot that
-someone may still write is quarantined until its owner has said so, never reused on a deadline alone.
+One lock, held for index work only: bytes are copied, encoded, read and sent by others, in slots
+that the store has lent them. Nobody sees an uncommitted block, nobody loses a leased one, and a
+slot that someone may still write is quarantined until its owner has said so, never reused on a
+deadline alone.
 """
 
 from __future__ import annotations
@@ -20,8 +21,19 @@ from kvengine.arena import Arena, Slots
 from kvengine.compiled import Int32s
 from kvengine.errors import LayoutError
 from kvengine.frame import PAGE_BYTES, Template, frame_bytes
-from kvengine.index import COMMITTED, DOOMED, FILLING, LEASES, NAMESPACE, NO_SLOT, SLOT, STATE
-from kvengine.index import STATE_MASK, TIER_SHIFT, Index
+from kvengine.index import (
+    COMMITTED,
+    DOOMED,
+    FILLING,
+    LEASES,
+    NAMESPACE,
+    NO_SLOT,
+    SLOT,
+    STATE,
+    STATE_MASK,
+    TIER_SHIFT,
+    Index,
+)
 from kvengine.keys import KEY_BYTES, ROOT_KEY, BlockKeys, Identity, Namespace
 from kvengine.layout import Layout
 from kvengine.metrics import Metrics
@@ -77,10 +89,11 @@ class Lease:
 class Reservation:
     """Slots for blocks that the caller is about to fill.
 
-    `indices` says which keys of the table are reserved (the others are held already, or were
-    refused), `slots` where in the arena. Ends by `Store.commit` or `Store.abort`, at once; or at
-    its deadline, when the keys are free for others, and the slots stay quarantined until this
-    object says that nobody writes them any more (commit, abort, or its end).
+    `indices` says which keys of the table are reserved, `held` which are held already (the others
+    were refused, or someone else fills them now), `slots` where in the arena. Ends by
+    `Store.commit` or `Store.abort`, at once; or at its deadline, when the keys are free for others,
+    and the slots stay quarantined until this object says that nobody writes them any more (commit,
+    abort, or its end).
     """
 
     def __init__(
@@ -88,6 +101,7 @@ class Reservation:
         keys: BlockKeys,
         ids: Int32s,
         indices: NDArray[np.intp],
+        held: Bools,
         slots: Slots,
         parents: Int32s,
         deadline: float,
@@ -95,10 +109,11 @@ class Reservation:
     ) -> None:
         self.keys = keys
         self.indices = indices
+        self.held = held
         self.slots = slots
         self.deadline = deadline
-        self.fill = os.urandom(16)
-        self.token = os.urandom(16)
+        drawn = os.urandom(32)
+        self.fill, self.token = drawn[:16], drawn[16:]
         self._ids = ids
         self._parents = parents
         self._dead = dead
@@ -249,23 +264,33 @@ class Store:
             self._sweep(now)
             ids, fresh = self._index.claim(keys.words)
             indices = np.flatnonzero(fresh)
-            known = ids[~fresh]
-            self._index.start(ids[fresh], number, np.full(len(indices), NO_SLOT, dtype=np.int32))
-            self._policy.held(self._index.lease(known))
-            slots = self._take(nbytes, len(indices), now)
-            self._unlease(known)
-            kept = ids[indices[: len(slots)]]
-            refused = ids[indices[len(slots) :]]
-            if len(refused):
+            new = ids if len(indices) == len(ids) else ids[indices]
+            held = np.zeros(len(ids), dtype=np.bool_)
+            self._index.start(new, number)
+            if len(new) < len(ids):
+                # What is held already is not given up for what continues it.
+                held = self._present(ids, number)[0]
+                known = ids[~fresh]
+                self._policy.held(self._index.lease(known))
+                slots = self._take(nbytes, len(new), now)
+                self._unlease(known)
+            else:
+                slots = self._take(nbytes, len(new), now)
+            if len(slots) < len(new):
+                refused = new[len(slots) :]
                 self._metrics.add("save_refused_blocks", len(refused))
                 self._index.rows[refused, LEASES] = 0
                 self._discard(refused)
-            self._index.rows[kept, SLOT] = slots
-            indices = indices[: len(slots)]
-            parents = np.where(indices > 0, ids[indices - 1], self._parent(keys)).astype(np.int32)
+                indices, new = indices[: len(slots)], new[: len(slots)]
+            self._index.rows[new, SLOT] = slots
+            parents = ids[indices - 1]
+            if len(indices) and indices[0] == 0:
+                parents[0] = self._parent(keys)
             deadline = now + self._reservation_s
-            reservation = Reservation(keys, kept, indices, slots, parents, deadline, self._dead)
-            if len(kept):
+            reservation = Reservation(
+                keys, new, indices, held, slots, parents, deadline, self._dead
+            )
+            if len(new):
                 self._reservations[reservation.token] = reservation
         return reservation
 
@@ -282,8 +307,9 @@ class Store:
                 self._acknowledge(reservation.token)
                 return 0
             ids = reservation._ids
-            self._unreserve(ids[~good], reservation.slots[~good], reservation.keys)
-            ids = ids[good]
+            if not good.all():
+                self._unreserve(ids[~good], reservation.slots[~good], reservation.keys)
+                ids = ids[good]
             self._index.set_state(ids, COMMITTED)
             nbytes = self._spaces[reservation.keys.namespace.number].nbytes
             for run in _runs(reservation, good, nbytes):
@@ -619,30 +645,32 @@ def _leading(flags: Bools) -> int:
 
 def _runs(reservation: Reservation, good: Bools, nbytes: int) -> Iterator[Run]:
     """Cut what is committed into runs of consecutive blocks."""
-    indices = reservation.indices[good]
-    ids = reservation._ids[good]
-    parents = reservation._parents[good]
-    if not len(ids):
-        return
-    cuts = np.flatnonzero(np.diff(indices) != 1) + 1
-    bounds = [0, *cuts.tolist(), len(ids)]
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    indices, ids, parents = reservation.indices, reservation._ids, reservation._parents
+    if not good.all():
+        indices, ids, parents = indices[good], ids[good], parents[good]
+    for start, stop in _consecutive(indices):
         position = reservation.keys.position + int(indices[start])
         yield Run(ids[start:stop], int(parents[start]), position, nbytes)
 
 
-def _split(
-    ids: Int32s, chosen: NDArray[np.intp], parent: int, nbytes: int
-) -> Iterator[Run]:
+def _split(ids: Int32s, chosen: NDArray[np.intp], parent: int, nbytes: int) -> Iterator[Run]:
     """Cut the chosen ones of consecutive blocks into runs. Positions are not known: 0."""
-    if not len(chosen):
-        return
-    cuts = np.flatnonzero(np.diff(chosen) != 1) + 1
-    bounds = [0, *cuts.tolist(), len(chosen)]
-    for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, stop in _consecutive(chosen):
         at = int(chosen[start])
         above = int(ids[at - 1]) if at else parent
-        yield Run(np.ascontiguousarray(ids[chosen[start:stop]]), above, 0, nbytes)
+        yield Run(ids[chosen[start:stop]], above, 0, nbytes)
+
+
+def _consecutive(indices: NDArray[np.intp]) -> Iterator[tuple[int, int]]:
+    """Yield (start, stop) of each stretch of `indices` that counts up by one."""
+    count = len(indices)
+    if not count:
+        return
+    if int(indices[-1]) - int(indices[0]) == count - 1:
+        yield 0, count
+        return
+    cuts = [0, *(np.flatnonzero(np.diff(indices) != 1) + 1).tolist(), count]
+    yield from zip(cuts[:-1], cuts[1:], strict=True)
 
 
 def _batches(found: Iterator[Held], size: int = 4096) -> Iterator[list[Held]]:

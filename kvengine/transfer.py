@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +67,8 @@ class Transfer:
 
     def layer_good(self, layer: int) -> Bools:
         """Say which blocks' bytes of a layer are there and verified. Call after `wait_layer`."""
-        return self._verdicts[:, layer] == GOOD
+        good: Bools = self._verdicts[:, layer] == GOOD
+        return good
 
     def cancel(self) -> bool:
         """Begin no more copying, and wait for what is being copied. Blocks not whole are not good.
@@ -201,7 +203,7 @@ class Transfers:
                 job.on_done(verdicts)
 
         for blocks, segments in tasks:
-            if not self._workers.submit(lambda b=blocks, s=segments: run(b, s)):
+            if not self._workers.submit(partial(run, blocks, segments)):
                 transfer.stop()
                 run(blocks, segments)
 

@@ -54,7 +54,7 @@ def _link_oldest(nodes: Int32s, node: int) -> None:
 @compiled
 def _parent(nodes: Int32s, node: int) -> int:
     # The parent's node, or 0 where it has gone (or another block has taken its id).
-    parent = nodes[node * 8 + 2]
+    parent = int(nodes[node * 8 + 2])
     if parent > 0 and nodes[parent * 8 + 6] != 0 and nodes[parent * 8 + 5] == nodes[node * 8 + 3]:
         return parent
     return 0

@@ -22,6 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -125,7 +126,7 @@ class DiskTier:
     def read(self, spans: Sequence[Span], deadline: float, report: Report) -> None:
         """Queue reads, one piece of work a frame; each is reported when its bytes are there."""
         for index, span in enumerate(spans):
-            if not self._workers.submit(lambda i=index, s=span: self._read(i, s, deadline, report)):
+            if not self._workers.submit(partial(self._read, index, span, deadline, report)):
                 report(index, False)
 
     def write(self, spans: Sequence[Span], deadline: float, report: Report) -> None:
@@ -144,7 +145,7 @@ class DiskTier:
                 self._sync(results, spans, report)
 
         for index, span in enumerate(spans):
-            if not self._workers.submit(lambda i=index, s=span: self._write(i, s, deadline, done)):
+            if not self._workers.submit(partial(self._write, index, span, deadline, done)):
                 done(index, None)
 
     def drop(self, keys: Sequence[bytes]) -> None:

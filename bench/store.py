@@ -1,0 +1,284 @@
+"""Saving, loading and the books: ours against memcpy, and against a bare loop of blake3.
+
+The cache is laid out as Llama-3.1-8B's (32 layers, K and V apart, 8 heads of 128, bf16), so a block
+of 16 tokens has 2 MiB in 64 runs of 32 KiB. Digests are computed on save and verified on load, as
+the engine does it by default. Caches, arena and memcpy buffers are larger than the processor's
+caches, and each round moves bytes that the round before did not touch. Control is measured with a
+million blocks resident, random keys, and an eviction for every block reserved.
+"""
+
+import argparse
+import gc
+import os
+import time
+from collections.abc import Callable
+
+import numpy as np
+from blake3 import blake3
+
+import kvengine
+from bench.runner import Row, Spread, interleave, share, spread, times
+from kvengine.arena import Arena
+from kvengine.engine import Engine
+from kvengine.keys import ROOT_KEY, Namespace
+from kvengine.metrics import Metrics
+from kvengine.policy.lru import LRU
+from kvengine.store import Store
+
+MIB = 1 << 20
+TABLE_BYTES = 32 * MIB
+FOOTPRINT_BYTES = 512 * MIB
+LAYERS, HEADS, DIM = 32, 8, 128
+RESIDENT = 1_000_000
+TABLES = 16
+
+
+def run(options: argparse.Namespace) -> list[Row]:
+    """Measure transfers, control and keys."""
+    return [*transfers(options.rounds), *control(options.rounds), *keys(options.rounds)]
+
+
+def transfers(rounds: int) -> list[Row]:
+    """Move 32 MiB a round: 16 blocks of 2 MiB, and one of 32 MiB, with two threads and with one."""
+    source = np.random.default_rng(0).integers(0, 255, FOOTPRINT_BYTES, dtype=np.uint8)
+    target = np.ones(FOOTPRINT_BYTES, dtype=np.uint8)
+    rows = []
+    for label, tokens in (("2MiB x16", 16), ("32MiB", 256)):
+        for threads in (2, 1):
+            if threads == 1 and tokens != 16:
+                continue
+            mover = Mover(tokens, threads)
+            turns = mover.turns(source, target)
+            took = interleave(turns, rounds, warmup=TABLES + 2)
+            suffix = "" if threads == 2 else " one thread"
+            for verb in ("save", "load"):
+                found = share(took["memcpy"], took[verb])
+                speed = TABLE_BYTES / spread(took["memcpy"]).p50 / 1e9
+                rows.append(
+                    row(
+                        f"{verb} {label}{suffix}",
+                        "share_of_memcpy",
+                        "ratio",
+                        found,
+                        bound=1.0,
+                        matches=mover.matches,
+                    )
+                )
+                ours = spread([TABLE_BYTES / s / 1e9 for s in took[verb]])
+                rows.append(
+                    row(f"{verb} {label}{suffix}", "speed", "GB/s", ours, speed, mover.matches)
+                )
+            mover.engine.close()
+    return rows
+
+
+class Mover:
+    """An engine and a paged cache: the first half of its blocks is saved, the second loaded."""
+
+    def __init__(self, tokens: int, threads: int) -> None:
+        self.layout = kvengine.Layout(
+            layers=LAYERS,
+            kv_heads=HEADS,
+            head_dim=DIM,
+            head_dim_v=DIM,
+            dtype="float16",
+            block_tokens=tokens,
+        )
+        self.engine: Engine = kvengine.open("mem://?size=768M", threads=threads)
+        self.names = self.engine.namespace(model="bench", layout=self.layout)
+        self.count = TABLE_BYTES // self.layout.payload_bytes
+        self.blocks = FOOTPRINT_BYTES // self.layout.payload_bytes
+        random = np.random.default_rng(1)
+        shape = (self.blocks, tokens, HEADS, DIM)
+        self.arrays = [
+            tuple(random.integers(0, 1 << 15, shape, np.int16).view(np.float16) for _ in "KV")
+            for _ in range(LAYERS)
+        ]
+        self.cache = self.engine.cache(self.names, self.arrays)
+        self.engine.warm()
+        self.random = random
+        self.turn = 0
+        self.matches = True
+        self.keys = self.names.keys([])
+        self.saved = np.empty(0, dtype=np.int64)
+
+    def turns(
+        self, source: np.ndarray, target: np.ndarray
+    ) -> dict[str, Callable[[], float | None]]:
+        """Return what one round does: memcpy, save, load; each gives its own seconds."""
+
+        def memcpy() -> float:
+            at = (self.turn % TABLES) * TABLE_BYTES
+            start = time.perf_counter()
+            np.copyto(target[at : at + TABLE_BYTES], source[at : at + TABLE_BYTES])
+            return time.perf_counter() - start
+
+        return {"memcpy": memcpy, "save": self.save, "load": self.load}
+
+    def save(self) -> float:
+        """Save blocks that the engine does not hold."""
+        self.turn += 1
+        tokens = np.arange(self.count * self.layout.block_tokens) + self.turn * 1_000_000
+        keys = self.names.keys(tokens)
+        table = self.random.permutation(self.blocks // 2)[: self.count]
+        start = time.perf_counter()
+        transfer = self.engine.save(keys, self.cache, table)
+        transfer.wait()
+        took = time.perf_counter() - start
+        self.matches &= bool(transfer.good.all())
+        self.keys, self.saved = keys, table
+        return took
+
+    def load(self) -> float:
+        """Load what was last saved into other blocks, and compare."""
+        if not len(self.keys):
+            self.save()
+        half = self.blocks // 2
+        table = half + self.random.permutation(half)[: self.count]
+        start = time.perf_counter()
+        with self.engine.match(self.keys) as lease:
+            transfer = self.engine.load(lease, self.cache, table)
+        transfer.wait()
+        took = time.perf_counter() - start
+        self.matches &= transfer.blocks == self.count and all(
+            np.array_equal(each[table].view(np.uint16), each[self.saved].view(np.uint16))
+            for pair in self.arrays[:: LAYERS - 1]
+            for each in pair
+        )
+        return took
+
+
+def control(rounds: int) -> list[Row]:
+    """Measure index work alone, with a million blocks resident and the arena full."""
+    layout = kvengine.Layout(
+        layers=1, kv_heads=1, head_dim=16, head_dim_v=0, dtype="uint8", block_tokens=16
+    )
+    arena = Arena(RESIDENT * 2 * 4096)  # two pages a block; no byte of it is touched
+    store = Store(arena, LRU(), Metrics(), time.monotonic)
+    with kvengine.open("mem://?size=1M") as engine:
+        names = engine.namespace(model="bench", layout=layout)
+    names = store.namespace(names.identity, layout, bytes(32))
+    gc.collect()
+    gc.freeze()  # what the imports have made is not ours to count
+    table = np.frombuffer(os.urandom(32 * RESIDENT), dtype=np.uint8).reshape(-1, 32)
+    for at in range(0, RESIDENT, 4096):
+        store.commit(store.reserve(names.keys_of(table[at : at + 4096].tobytes())))
+    resident = store.stats()["blocks"]
+    # The first tenth is what eviction takes while this runs.
+    recent = table[RESIDENT // 10 :]
+    random = np.random.default_rng(2)
+    missed = [0]
+
+    def match(count: int, tables: int) -> Callable[[], float]:
+        def measure() -> float:
+            made = [
+                names.keys_of(recent[random.integers(0, len(recent), count)].tobytes())
+                for _ in range(tables)
+            ]
+            start = time.perf_counter()
+            for keys in made:
+                lease = store.match(keys)
+                lease.release()
+            took = time.perf_counter() - start
+            missed[0] += count - lease.blocks
+            return took / (count * tables)
+
+        return measure
+
+    def reserve() -> float:
+        made = [names.keys_of(os.urandom(32 * 128)) for _ in range(TABLES)]
+        start = time.perf_counter()
+        for keys in made:
+            missed[0] += 128 - store.commit(store.reserve(keys))
+        return (time.perf_counter() - start) / (128 * TABLES)
+
+    took = interleave(
+        {"match": match(128, TABLES), "reserve": reserve, "match8192": match(8192, 1)}, rounds
+    )
+    pauses = []
+    for _ in range(max(9, rounds)):
+        start = time.perf_counter()
+        gc.collect()
+        pauses.append(time.perf_counter() - start)
+    gc.unfreeze()
+    store.check()
+    matches = not missed[0] and resident == RESIDENT
+    nbytes = store.stats()["index_bytes"] / RESIDENT
+    return [
+        row("match+release 1M", "us_per_block", "us", micro(took["match"]), matches=matches),
+        row("reserve+commit 1M", "us_per_block", "us", micro(took["reserve"]), matches=matches),
+        row(
+            "match+release 1M x8192",
+            "us_per_block",
+            "us",
+            micro(took["match8192"]),
+            matches=matches,
+        ),
+        row("index+lru 1M", "bytes_per_block", "bytes", Spread(nbytes, nbytes, nbytes, 1)),
+        row("gc pause 1M", "ms", "ms", spread([seconds * 1e3 for seconds in pauses])),
+    ]
+
+
+def keys(rounds: int) -> list[Row]:
+    """Name the blocks of 131,072 tokens; the bound is a bare loop of blake3 over the same bytes."""
+    tokens = np.random.default_rng(3).integers(0, 1 << 17, 131072, dtype=np.uint32)
+    rows = []
+    for block_tokens in (16, 256):
+        layout = kvengine.Layout(
+            layers=1,
+            kv_heads=1,
+            head_dim=16,
+            head_dim_v=0,
+            dtype="uint8",
+            block_tokens=block_tokens,
+        )
+        with kvengine.open("mem://?size=16M") as engine:
+            names = engine.namespace(model="bench", layout=layout)
+        bare, ours = bare_loop(names, tokens.tobytes(), 4 * block_tokens), names.keys(tokens).data
+        took = interleave(
+            {
+                "bare": lambda n=names, s=4 * block_tokens: bare_loop(n, tokens.tobytes(), s),
+                "keys": lambda n=names: n.keys(tokens),
+            },
+            rounds,
+        )
+        found = times(took["bare"], took["keys"])
+        case = f"keys 131072 tokens / {block_tokens}"
+        rows.append(row(case, "times_bare_blake3", "ratio", found, 1.0, matches=bare == ours))
+    return rows
+
+
+def bare_loop(names: Namespace, data: bytes, step: int) -> bytes:
+    """Hash leaves and chain as the keys do, with nothing around it."""
+    key, root, made = ROOT_KEY, names.root, []
+    for at in range(0, len(data), step):
+        key = blake3(key + blake3(data[at : at + step]).digest(), key=root).digest()
+        made.append(key)
+    return b"".join(made)
+
+
+def micro(seconds: list[float]) -> Spread:
+    return spread([each * 1e6 for each in seconds])
+
+
+def row(
+    case: str,
+    metric: str,
+    unit: str,
+    found: Spread,
+    bound: float | None = None,
+    matches: bool | None = None,
+) -> Row:
+    return Row(
+        bench="store",
+        case=case,
+        metric=metric,
+        unit=unit,
+        value=found.p50,
+        bound=bound,
+        ratio=None if bound is None else found.p50 / bound,
+        p20=found.p20,
+        p80=found.p80,
+        n=found.n,
+        matches_reference=matches,
+    )

@@ -1,0 +1,1 @@
+"""Operations on raw bytes: fast paths, device kernels, plain references. Import the modules."""

@@ -1,0 +1,408 @@
+"""One schema for all settings, and the only reader of the environment.
+
+A value is looked for in the options of the command line (or of `open`), then in `KVENGINE_*`
+variables, then in a TOML file, then among the defaults; `Config.load` says for each where it came
+from. A URL is a short way to say the same settings: `mem://?size=4G | file:///var/cache/kv?size=100G`.
+"""
+
+import difflib
+import math
+import os
+import re
+import tomllib
+from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
+from pathlib import Path
+from types import MappingProxyType
+from typing import Literal, NamedTuple, NoReturn, Self
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import msgspec
+
+from kvengine.errors import ConfigError
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+UNITS = MappingProxyType({"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40})
+SIZE = re.compile(r"(\d{1,18}(?:\.\d{1,9})?) ?([KMGT]?)(?:i?B)?", re.ASCII)
+BYTES_MAX = 1 << 60
+MEMORY_BYTES_MIN = 64 * KIB
+SEGMENT_BYTES = 256 * MIB
+SEGMENT_BYTES_MIN = 64 * KIB
+SECRET_BYTES = 32
+PREFIX = "KVENGINE_"
+EXAMPLE = "'mem://?size=4G | file:///var/cache/kv?size=100G'"
+# Variables that are read by the tests of this project, not by the engine.
+FOREIGN = frozenset({"KVENGINE_REQUIRE_ALL"})
+
+
+class Secret(bytes):
+    """Bytes that key the block keys; a log, a traceback or `config show` says "hidden" instead."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "hidden"
+
+    __str__ = __repr__
+
+
+def size_bytes(value: object) -> int:
+    """Read a size: an integer number of bytes, or a text such as 4G, 512M, 1.5T (powers of 1024).
+
+    Raises ValueError for anything else, below zero, or above 2**60.
+    """
+    if isinstance(value, str):
+        match = SIZE.fullmatch(value.strip())
+        if match is None:
+            raise ValueError
+        nbytes = int(Fraction(match[1]) * UNITS[match[2]])
+    elif isinstance(value, int) and not isinstance(value, bool):
+        nbytes = value
+    else:
+        raise ValueError
+    if not 0 <= nbytes <= BYTES_MAX:
+        raise ValueError
+    return nbytes
+
+
+def _memory(value: object) -> int:
+    nbytes = size_bytes(value)
+    if nbytes < MEMORY_BYTES_MIN:
+        raise ValueError
+    return nbytes
+
+
+def _segment(value: object) -> int:
+    nbytes = size_bytes(value)
+    if 0 < nbytes < SEGMENT_BYTES_MIN:
+        raise ValueError
+    return nbytes
+
+
+def _threads(value: object) -> int:
+    if isinstance(value, str) and re.fullmatch(r"\d{1,3}", value, re.ASCII):
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 256:
+        raise ValueError
+    return value
+
+
+def _seconds(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError
+    seconds = float(value)
+    if not (math.isfinite(seconds) and 0 < seconds <= 86400):
+        raise ValueError
+    return seconds
+
+
+def _flag(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    if value in ("1", "true"):
+        return True
+    if value in ("0", "false"):
+        return False
+    raise ValueError
+
+
+def _path(value: object) -> str:
+    if not isinstance(value, (str, Path)) or not str(value) or "\0" in str(value):
+        raise ValueError
+    path = os.path.abspath(os.path.expanduser(value))
+    if path == "/":
+        raise ValueError
+    return path
+
+
+def _policy(value: object) -> Literal["lru"]:
+    if value != "lru":
+        raise ValueError
+    return "lru"
+
+
+def _secret(value: object) -> Secret | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if re.fullmatch(r"[0-9a-fA-F]+", value):
+            value = bytes.fromhex(value)
+        else:
+            value = _secret_of_file(Path(value).expanduser())
+    if not isinstance(value, bytes) or len(value) != SECRET_BYTES:
+        raise ValueError
+    return Secret(value)
+
+
+def _secret_of_file(path: Path) -> bytes:
+    try:
+        content = path.read_bytes()
+    except (OSError, ValueError):
+        raise ValueError from None
+    try:
+        return bytes.fromhex(content.decode("ascii"))
+    except ValueError:
+        return content
+
+
+class Setting(NamedTuple):
+    """How one setting is read, and what its reader expects, in words."""
+
+    read: Callable[[object], object]
+    expected: str
+
+
+SETTINGS: Mapping[str, Setting] = MappingProxyType(
+    {
+        "memory_bytes": Setting(_memory, "a size of at least 64K, such as 512M or 4G"),
+        "disk.path": Setting(_path, "the path of a directory (not /)"),
+        "disk.size_bytes": Setting(_memory, "a size of at least 64K, such as 100G or 1.5T"),
+        "disk.segment_bytes": Setting(_segment, "a size of at least 64K, such as 256M, or 0"),
+        "disk.durable": Setting(_flag, "1, 0, true or false"),
+        "threads": Setting(_threads, "a number of threads from 1 to 256"),
+        "io_threads": Setting(_threads, "a number of threads from 1 to 256"),
+        "secret": Setting(
+            _secret, "64 hex digits, or the path of a file with 32 bytes or 64 hex digits"
+        ),
+        "lease_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
+        "reservation_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
+        "policy": Setting(_policy, "the name of a policy: lru"),
+    }
+)
+DISK = "disk."
+ENVIRONMENT_OF: Mapping[str, str] = MappingProxyType(
+    {name: PREFIX + name.replace(".", "_").upper() for name in SETTINGS}
+)
+# What stands in the query of a URL. A secret does not: URLs are logged.
+QUERIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "mem": {
+            "size": "memory_bytes",
+            "threads": "threads",
+            "io_threads": "io_threads",
+            "lease_s": "lease_s",
+            "reservation_s": "reservation_s",
+            "policy": "policy",
+        },
+        "file": {
+            "size": "disk.size_bytes",
+            "segment": "disk.segment_bytes",
+            "durable": "disk.durable",
+        },
+    }
+)
+
+
+class Disk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The disk tier: a directory that one engine holds at a time, and how much it may take.
+
+    `segment_bytes` is the size of one segment file; 0 picks 256M, or less on a small disk.
+    `durable` makes a write count only once it has been synced.
+    """
+
+    path: str
+    size_bytes: int = 10 * GIB
+    segment_bytes: int = 0
+    durable: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self, DISK)
+        fitting = min(SEGMENT_BYTES, max(SEGMENT_BYTES_MIN, self.size_bytes // 8))
+        segment = self.segment_bytes or fitting
+        if segment > self.size_bytes:
+            raise ConfigError(
+                f"disk.segment_bytes is {segment}, more than disk.size_bytes {self.size_bytes}: "
+                "make the disk larger, or leave the segment size out"
+            )
+        msgspec.structs.force_setattr(self, "segment_bytes", segment)
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """All settings of one engine. Sizes in bytes (texts such as "4G" are read), times in seconds.
+
+    `disk` is None for memory alone. `threads` copy and hash, `io_threads` read and write the disk.
+    `secret` keys the block keys: two engines share blocks only where it is the same; it may be
+    given as hex or as the path of a file, and is never printed.
+    Raises ConfigError, naming what was given, what was expected and what to do.
+    """
+
+    memory_bytes: int = GIB
+    disk: Disk | None = None
+    threads: int = 2
+    io_threads: int = 2
+    secret: Secret | None = None
+    lease_s: float = 60.0
+    reservation_s: float = 60.0
+    policy: Literal["lru"] = "lru"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.disk, Disk | None):
+            raise ConfigError(f"disk: given {self.disk!r}, expected a Disk(path=...) or None")
+        _check(self, "")
+
+    def shown(self) -> dict[str, object]:
+        """Give every setting by its dotted name, fit to be printed: the secret is hidden."""
+        flat: dict[str, object] = {}
+        for field in self.__struct_fields__:
+            value = getattr(self, field)
+            if isinstance(value, Disk):
+                flat |= {DISK + inner: getattr(value, inner) for inner in value.__struct_fields__}
+            else:
+                flat[field] = str(value) if isinstance(value, Secret) else value
+        return flat
+
+    @classmethod
+    def load(
+        cls,
+        url: str | None = None,
+        *,
+        file: str | Path | None = None,
+        options: Mapping[str, object] | None = None,
+        environ: Mapping[str, str] = os.environ,
+    ) -> tuple[Self, dict[str, str]]:
+        """Gather the settings, and say of each, by its dotted name, where it came from.
+
+        Options come before the URL, both before the environment (a variable of its own before
+        `KVENGINE_URL`), that before the TOML file (`file`, or the one that `KVENGINE_CONFIG`
+        names), and that before the defaults. `options` has dotted names; an option that is None
+        and a variable that is empty count as not given. Raises ConfigError.
+        """
+        given: dict[str, object] = {}
+        origins = dict.fromkeys(SETTINGS, "default")
+        for origin, settings in _sources(url, file, options or {}, environ):
+            for name, value in settings.items():
+                if name not in SETTINGS:
+                    _unknown(f"setting {name!r} ({origin})", name, SETTINGS)
+                given[name] = _read(name, value, origin)
+                origins[name] = origin
+        disk = {
+            name.removeprefix(DISK): given.pop(name)
+            for name in list(given)
+            if name.startswith(DISK)
+        }
+        if disk and "path" not in disk:
+            name = DISK + next(iter(disk))
+            raise ConfigError(
+                f"{name} ({origins[name]}) is set but {DISK}path is not: name the directory, as "
+                f"{ENVIRONMENT_OF[DISK + 'path']} or file:///path, or leave {name} out"
+            )
+        # Each value has gone through the reader of its setting, which gives it its type.
+        tier = Disk(**disk) if disk else None  # type: ignore[arg-type]  # as said above
+        return cls(disk=tier, **given), origins  # type: ignore[arg-type]  # as said above
+
+
+def parse_url(text: str) -> Config:
+    """Read `mem://?size=4G | file:///path?size=100G&segment=256M&durable=1`, fastest tier first.
+
+    The environment is not looked at. Raises ConfigError for an unknown scheme or key.
+    """
+    return Config.load(text, environ={})[0]
+
+
+def _sources(
+    url: str | None,
+    file: str | Path | None,
+    options: Mapping[str, object],
+    environ: Mapping[str, str],
+) -> Iterable[tuple[str, Mapping[str, object]]]:
+    """Yield (origin, settings), the weakest first."""
+    variables = {name: text for name, text in environ.items() if name.startswith(PREFIX) and text}
+    config = file or variables.pop(PREFIX + "CONFIG", None)
+    if config is not None:
+        yield f"file {config}", _file(Path(config))
+    if found := variables.pop(PREFIX + "URL", None):
+        yield "env KVENGINE_URL", _url(found)
+    for name, variable in ENVIRONMENT_OF.items():
+        if variable in variables:
+            yield f"env {variable}", {name: variables.pop(variable)}
+    for variable in variables.keys() - FOREIGN:
+        known = [*ENVIRONMENT_OF.values(), PREFIX + "URL", PREFIX + "CONFIG"]
+        _unknown(f"environment variable {variable}", variable, known)
+    if url is not None:
+        yield "url", _url(url)
+    yield "option", {name: value for name, value in options.items() if value is not None}
+
+
+def _file(path: Path) -> dict[str, object]:
+    try:
+        with path.open("rb") as stream:
+            table = tomllib.load(stream)
+    except OSError as error:
+        raise ConfigError(f"file {path}: cannot be read: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"file {path}: not TOML: {error}") from None
+    flat: dict[str, object] = {}
+    for name, value in table.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}.{inner}": deep for inner, deep in value.items()}
+        else:
+            flat[name] = value
+    return flat
+
+
+def _url(text: str) -> dict[str, object]:
+    settings: dict[str, object] = {}
+    seen: list[str] = []
+    for part in map(str.strip, text.split("|")):
+        if "://" not in part:
+            raise ConfigError(f"URL {part!r} has no scheme; expected {EXAMPLE}")
+        try:
+            url = urlsplit(part)
+            query = parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query))
+        except ValueError as error:
+            raise ConfigError(f"URL {part!r}: {error}; expected {EXAMPLE}") from None
+        scheme = url.scheme
+        if scheme not in QUERIES:
+            _unknown(f"URL scheme {part.partition('://')[0]!r}", scheme, QUERIES)
+        if scheme in seen or (scheme == "mem" and seen):
+            raise ConfigError(f"URL {text!r}: mem:// stands first, each tier once, as in {EXAMPLE}")
+        seen.append(scheme)
+        settings |= _place(scheme, url.netloc, url.path, part)
+        for key, value in query:
+            if key not in QUERIES[scheme]:
+                _unknown(f"key {key!r} of {scheme}:// in the URL", key, QUERIES[scheme])
+            if QUERIES[scheme][key] in settings:
+                raise ConfigError(f"URL {part!r} gives {key} twice: leave one out")
+            settings[QUERIES[scheme][key]] = value
+        if url.fragment:
+            raise ConfigError(f"URL {part!r} has a '#': write it as %23")
+    return settings
+
+
+def _place(scheme: str, netloc: str, path: str, part: str) -> dict[str, object]:
+    if scheme == "mem":
+        if netloc or path not in ("", "/"):
+            raise ConfigError(f"URL {part!r}: memory has no place; expected mem://?size=4G")
+        return {}
+    if netloc or path in ("", "/"):
+        raise ConfigError(
+            f"URL {part!r} names no directory; expected an absolute path after three slashes: "
+            "file:///var/cache/kv"
+        )
+    return {"disk.path": unquote(path)}
+
+
+def _read(name: str, value: object, origin: str) -> object:
+    setting = SETTINGS[name]
+    try:
+        return setting.read(value)
+    except ValueError:
+        given = "a value that is not shown" if name == "secret" else repr(value)
+        raise ConfigError(
+            f"{name} ({origin}): given {given}, expected {setting.expected}"
+        ) from None
+
+
+def _check(struct: Disk | Config, prefix: str) -> None:
+    """Read every field of a struct that was made by hand as if it came from a file."""
+    for field in struct.__struct_fields__:
+        if (name := prefix + field) in SETTINGS:
+            value = _read(name, getattr(struct, field), type(struct).__name__)
+            msgspec.structs.force_setattr(struct, field, value)
+
+
+def _unknown(what: str, name: str, known: Iterable[str]) -> NoReturn:
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"unknown {what}: {hint}known are {', '.join(known)}")
