@@ -25,7 +25,6 @@ from kvengine.errors import (
     KVEngineError,
     LayoutError,
     ModelNotSupported,
-    TransferTimeout,
 )
 
 if TYPE_CHECKING:
@@ -56,7 +55,6 @@ __all__ = [
     "ModelNotSupported",
     "Namespace",
     "Transfer",
-    "TransferTimeout",
     "open",
 ]
 HOMES = (

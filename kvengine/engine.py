@@ -33,7 +33,7 @@ from kvengine.layout import Layout
 from kvengine.metrics import Metrics
 from kvengine.policy import NO_PARENT
 from kvengine.policy.lru import LRU
-from kvengine.store import Lease, Reservation, Store
+from kvengine.store import Lease, Reservation, Store, exercise
 from kvengine.tenants import DEFAULT, Tenants
 from kvengine.tiers import Span, Tier
 from kvengine.tiers.disk import DiskTier
@@ -60,6 +60,7 @@ class Engine:
         self.metrics = Metrics()
         self._closed = False
         self._detached = False
+        self._stopping = False
         self._pump_lock = threading.Lock()
         self._writing = 0
         self._codec: Codec = Raw()
@@ -169,11 +170,11 @@ class Engine:
 
     def probe(self, keys: BlockKeys) -> int:
         """Count the leading blocks that are held, here or in a tier. Takes nothing."""
-        return 0 if self._away() else self._store.probe(keys)
+        return 0 if self._gone(keys) else self._store.probe(keys)
 
     def contains(self, keys: BlockKeys) -> Bools:
         """Say for each key whether its block is held. Takes nothing."""
-        if self._away():
+        if self._gone(keys):
             return np.zeros(len(keys), dtype=np.bool_)
         return self._store.contains(keys)
 
@@ -183,7 +184,7 @@ class Engine:
         Release the lease (or leave its `with` block) when the load has been enqueued: the transfer
         keeps its own hold. A lease that nobody releases ends after `lease_s`.
         """
-        if self._away():
+        if self._gone(keys):
             return Lease(self._store, keys, np.empty(0, dtype=np.int32), 0, 0.0)
         lease = self._store.match(keys)
         self.metrics.add("lookup_blocks", len(keys))
@@ -215,7 +216,7 @@ class Engine:
         if count != len(keys):
             raise LayoutError(f"a table for {count} blocks and {len(keys)} keys: give one for each")
         transfer = Transfer(count, layout.layers)
-        if self._away() or self._transfers.full() or not count:
+        if not count or self._gone(keys) or not self._transfers.begin(transfer):
             return self._refuse(transfer)
         reservation = self._store.reserve(keys)
         rows, good = reservation.indices, reservation.held
@@ -266,7 +267,7 @@ class Engine:
             lease.blocks - first, block_table, slot_mapping, unique=True
         )
         transfer = Transfer(count, layout.layers)
-        if self._away() or self._transfers.full() or not count:
+        if not count or self._gone(lease.keys) or not self._transfers.begin(transfer):
             return self._refuse(transfer)
         ids, slots = self._store.pin(lease, first, count)
         if not len(ids):
@@ -290,8 +291,10 @@ class Engine:
         return 0 if self._away() else self._store.drop(keys)
 
     def drop_all(self) -> int:
-        """Make every block of this tenant unreachable, in O(1): namespaces are to be asked for
-        again. Returns the new epoch."""
+        """Make every block of this tenant unreachable, in O(1); returns the new epoch.
+
+        Keys of namespaces made before miss from now on: ask for the namespaces again.
+        """
         self._alive()
         return self._tenants.raise_epoch()
 
@@ -349,6 +352,7 @@ class Engine:
         self._transfers.close(CLOSE_S)
         self._pump()
         self._store.wait_clean(CLOSE_S)
+        self._stopping = True
         if self._tier is not None:
             self._tier.close()
 
@@ -357,6 +361,8 @@ class Engine:
         if self._detached or self._closed:
             return
         self._detached = True
+        self._store.detach()
+        self._transfers.detach()
         if self._tier is not None:
             self._tier.detach()
 
@@ -365,6 +371,7 @@ class Engine:
     def _prepare(self) -> None:
         """Have compiled kernels and memory ready before the first save asks for them."""
         launch.choose(None)
+        exercise()
         self._store.arena.populate()
 
     def _alive(self) -> None:
@@ -375,6 +382,10 @@ class Engine:
 
     def _away(self) -> bool:
         return self._closed or self._detached
+
+    def _gone(self, keys: BlockKeys) -> bool:
+        """Whether nothing is held under these keys: the engine is away, or their epoch is over."""
+        return self._away() or keys.namespace.identity.epoch != self._tenants.epoch()
 
     def _failed(self, error: Exception) -> None:
         self.metrics.add("tier_failures", 1, tier="memory")
@@ -411,7 +422,7 @@ class Engine:
     def _pump(self) -> None:
         """Give the tier the next committed blocks, while less than WRITE_BYTES are under way."""
         tier = self._tier
-        if tier is None:
+        if tier is None or self._stopping:
             return
         while True:
             with self._pump_lock:
@@ -493,7 +504,7 @@ class _Load:
                 waiting[0] -= 1
                 last = waiting[0] == 0
             if last and not self._engine._transfers.submit(
-                lambda: self._arrived(rows, slots, arrived)
+                self._transfer, lambda: self._arrived(rows, slots, arrived)
             ):
                 self._arrived(rows, slots, np.zeros(len(rows), dtype=np.bool_))
 

@@ -7,7 +7,6 @@
     ├── FrameError         bytes that are not a whole, untouched frame
     ├── DirectoryInUse     another process holds the directory
     ├── ModelNotSupported  a model or cache that an adapter cannot map
-    ├── TransferTimeout    a wait that ran past its deadline
     └── ClosedError        a verb on a closed engine
 
 A miss, a refusal or a fault of a tier is never raised: it is a return value and a metric.
@@ -40,10 +39,6 @@ class DirectoryInUse(KVEngineError, OSError):
 
 class ModelNotSupported(KVEngineError, ValueError):
     """A model or cache whose attention state an adapter cannot map to blocks."""
-
-
-class TransferTimeout(KVEngineError, TimeoutError):
-    """A wait that ran past its deadline; the work goes on."""
 
 
 class ClosedError(KVEngineError, RuntimeError):

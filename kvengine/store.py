@@ -28,6 +28,7 @@ from kvengine.index import (
     LEASES,
     NAMESPACE,
     NO_SLOT,
+    ROWS_MIN,
     SLOT,
     STATE,
     STATE_MASK,
@@ -38,6 +39,7 @@ from kvengine.keys import KEY_BYTES, ROOT_KEY, BlockKeys, Identity, Namespace
 from kvengine.layout import Layout
 from kvengine.metrics import Metrics
 from kvengine.policy import NO_PARENT, Policy, Run
+from kvengine.policy.lru import LRU
 from kvengine.tiers import Held, Span, Tier
 
 Bools = NDArray[np.bool_]
@@ -422,6 +424,11 @@ class Store:
                     self._evict(victims)
             return (before - self.arena.taken_pages) * PAGE_BYTES
 
+    def detach(self) -> None:
+        """After a fork, in the child: the lock may be held by a thread that is not here."""
+        self._lock = threading.Lock()
+        self._clean = threading.Condition(self._lock)
+
     # Looking on
 
     def stats(self) -> dict[str, int]:
@@ -633,6 +640,25 @@ class Store:
             Span(key.tobytes(), self.arena.view(slot, room), nbytes)
             for key, slot in zip(self._index.keys(ids), slots.tolist(), strict=True)
         ]
+
+
+def exercise() -> None:
+    """Run every loop of index and policy once, so that they are compiled before they are needed."""
+    index, policy = Index(), LRU()
+    words = _words([bytes(KEY_BYTES)])
+    ids, _ = index.claim(words)
+    for _ in range(ROWS_MIN):  # until the columns have grown
+        index.claim(_words([os.urandom(KEY_BYTES)]))
+    index.find(words)
+    run = Run(index.lease(ids), NO_PARENT, 0, PAGE_BYTES)
+    policy.added(run, 0.0)
+    policy.touched(run, 0.0)
+    policy.held(ids)
+    policy.freed(index.unlease(ids))
+    for victims in policy.victims(PAGE_BYTES, 0.0):
+        policy.removed(victims)
+    index.erase(ids)
+    index.free(ids)
 
 
 def _words(keys: Sequence[bytes]) -> NDArray[np.uint64]:

@@ -9,6 +9,7 @@ fared.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -70,13 +71,14 @@ class Transfer:
         good: Bools = self._verdicts[:, layer] == GOOD
         return good
 
-    def cancel(self) -> bool:
+    def cancel(self, timeout_s: float | None = None) -> bool:
         """Begin no more copying, and wait for what is being copied. Blocks not whole are not good.
 
-        Returns once the caller may reuse its blocks: True. Fetches from tiers end by themselves.
+        True once the caller may reuse its blocks, False if the time ran out first. Reads from
+        tiers end by themselves.
         """
         self.stop()
-        return self.wait()
+        return self.wait(timeout_s)
 
     # For the engine
 
@@ -103,6 +105,12 @@ class Transfer:
             self.error = self.error or error
             self._finished = True
             self._changed.notify_all()
+
+    def abandon(self) -> None:
+        """After a fork, in the child: nothing arrives, and the lock may be held by a lost thread."""
+        self._changed = threading.Condition()
+        if not self._finished:
+            self.finish(np.zeros_like(self.good), 0, "the process has forked")
 
     @property
     def cancelled(self) -> bool:
@@ -137,11 +145,13 @@ class Transfers:
         self._on_error = on_error
         self._workers = Workers(threads, "kvengine-transfer", on_error)
         self._lock = threading.Lock()
+        self._live: weakref.WeakSet[Transfer] = weakref.WeakSet()
         self._jobs = 0
 
-    def full(self) -> bool:
-        """Whether a new transfer must be refused."""
-        return self._jobs >= JOBS_MAX
+    def begin(self, transfer: Transfer) -> bool:
+        """Take on a transfer. False where too many are under way: it is to be refused."""
+        self._live.add(transfer)
+        return self._jobs < JOBS_MAX
 
     def save(self, transfer: Transfer, job: Job, codec: Codec) -> None:
         """Fill frames from caches; `on_done` gets verdicts, uint8[blocks, segments]."""
@@ -166,9 +176,22 @@ class Transfers:
         """Finish what is queued and end the threads. False if that took longer than the time."""
         return self._workers.close(timeout_s)
 
-    def submit(self, work: Callable[[], None]) -> bool:
+    def submit(self, transfer: Transfer, work: Callable[[], None]) -> bool:
         """Queue other work of a transfer. False once closed."""
-        return self._workers.submit(work)
+        return self._workers.submit(partial(self._guarded, transfer, work))
+
+    def detach(self) -> None:
+        """After a fork, in the child: no thread works here, so what was under way has failed."""
+        for transfer in list(self._live):
+            transfer.abandon()
+
+    def _guarded(self, transfer: Transfer, work: Callable[[], None]) -> None:
+        """Run the books' part of a transfer; should it fail, nobody waits for ever."""
+        try:
+            work()
+        except Exception as error:  # a thread loop's border
+            self._on_error(error)
+            transfer.finish(np.zeros_like(transfer.good), 0, f"{type(error).__name__}: {error}")
 
     def _run(
         self,
@@ -200,7 +223,7 @@ class Transfers:
                 self._jobs -= last
             transfer.arrived(layers)
             if last:
-                job.on_done(verdicts)
+                self._guarded(transfer, partial(job.on_done, verdicts))
 
         for blocks, segments in tasks:
             if not self._workers.submit(partial(run, blocks, segments)):

@@ -99,8 +99,16 @@ class DiskTier:
         self._allocated = 0
         self._next = 1
         self._closed = False
-        (path / "segments").mkdir(parents=True, exist_ok=True)
-        self._super, self._uuid = _own(path / "superblock")
+        try:
+            (path / "segments").mkdir(parents=True, exist_ok=True)
+            self._super, self._uuid = _own(path / "superblock")
+        except DirectoryInUse:
+            raise
+        except OSError as error:
+            raise ConfigError(
+                f"{path} cannot be used ({error.strerror}): give a directory that this user may "
+                "write, on a disk with room"
+            ) from error
         try:
             self._recover()
         except BaseException:
@@ -150,9 +158,11 @@ class DiskTier:
 
     def drop(self, keys: Sequence[bytes]) -> None:
         """Forget keys. Their space comes back with their segment."""
-        with self._lock:
-            for key in keys:
-                self._forget(key)
+        for key in keys:
+            with self._lock:
+                slot = self._forget(key)
+            if slot is not None:
+                self._workers.submit(partial(self._blank, *slot))
 
     def close(self) -> None:
         """Finish what is queued, sync, close the files, let go of the lock."""
@@ -175,7 +185,8 @@ class DiskTier:
 
     def _let_go(self) -> None:
         for segment in self._segments.values():
-            os.close(segment.handle)
+            if segment.handle >= 0:
+                os.close(segment.handle)
         self._segments, self._open, self._where = {}, {}, {}
         os.close(self._super)
 
@@ -212,8 +223,7 @@ class DiskTier:
             return True
         except FrameError:
             self._metrics.add("corrupt_blocks", 1, tier=self.name)
-            with self._lock:
-                self._forget(span.key)
+            self.drop([span.key])
             self._dropped([span.key])
             return False
         finally:
@@ -385,11 +395,29 @@ class DiskTier:
             os.close(segment.handle)
             segment.handle = -1
 
-    def _forget(self, key: bytes) -> None:
+    def _forget(self, key: bytes) -> tuple[Segment, int] | None:
+        """Let no read find a key. Returns its slot, which still holds the bytes."""
         segment = self._where.pop(key, None)
-        if segment is not None:
-            segment.keys.pop(key, None)
-            self._nbytes -= segment.stride - PAGE_BYTES
+        if segment is None:
+            return None
+        self._nbytes -= segment.stride - PAGE_BYTES
+        return segment, segment.keys.pop(key)
+
+    def _blank(self, segment: Segment, slot: int) -> None:
+        """Overwrite a slot header, so that the next scan does not bring its block back."""
+        with self._lock:
+            if segment.gone:
+                return
+            segment.readers += 1
+        try:
+            offset = PAGE_BYTES + slot * segment.stride
+            os.pwritev(segment.handle, [mmap.mmap(-1, PAGE_BYTES)], offset)
+        except OSError as error:
+            self._failed(error)
+        finally:
+            with self._lock:
+                segment.readers -= 1
+                self._bury(segment)
 
     def _recover(self) -> None:
         """Open the segments and read their slot headers. Damaged slots are left out."""

@@ -1,0 +1,141 @@
+"""What determines the bytes of a vLLM block beside its tokens: gathered once, part of every key.
+
+Two processes share blocks only where all of this is equal; what cannot be told apart is refused.
+Tried with vLLM 0.32, whose objects have no types here.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from blake3 import blake3
+from vllm.v1.kv_cache_interface import FullAttentionSpec, iter_layer_specs
+
+from kvengine.errors import ConfigError, ModelNotSupported
+
+HASHES = ("sha256", "sha256_cbor")
+PLACES = ("_name_or_path", "name_or_path", "transformers_version")
+SMALL_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """The parts of an identity that vLLM does not tell an offloading spec."""
+
+    model: str
+    revision: str
+    kv_dtype: str
+    positional: str
+    source: str
+    permutation: str
+
+
+def describe(vllm_config: Any, kv_cache_config: Any) -> Facts:
+    """Gather the facts from a VllmConfig and a KVCacheConfig.
+
+    Raises ConfigError or ModelNotSupported for what no key could tell apart.
+    """
+    model, cache = vllm_config.model_config, vllm_config.cache_config
+    algorithm = cache.prefix_caching_hash_algo
+    if algorithm not in HASHES:
+        raise ConfigError(
+            f"prefix_caching_hash_algo is {algorithm!r}, expected one of {', '.join(HASHES)}: "
+            "blocks outlive the process, so their names must be collision resistant"
+        )
+    if vllm_config.lora_config is not None:
+        raise ModelNotSupported(
+            "LoRA is on, and vLLM tells adapters apart by name and path, not by content: serve "
+            "without LoRA, or without kvengine"
+        )
+    groups = kv_cache_config.kv_cache_groups
+    specs = [spec for group in groups for spec in iter_layer_specs(group.kv_cache_spec)]
+    if len(groups) != 1 or not all(isinstance(spec, FullAttentionSpec) for spec in specs):
+        kinds = ", ".join(sorted({type(spec).__name__ for spec in specs}))
+        raise ModelNotSupported(
+            f"the model has {len(groups)} KV cache groups ({kinds}), expected one of full "
+            "attention: hybrid and sliding-window models are not supported yet, serve them "
+            "without kvengine"
+        )
+    extra = vllm_config.kv_transfer_config.kv_connector_extra_config
+    weights = extra.get("revision") or weights_revision(model)
+    load_format = vllm_config.load_config.load_format
+    computed = f"{settings(model)}\n{model.dtype}\n{model.quantization}\n{load_format}"
+    return Facts(
+        model=model_name(model),
+        revision=f"{weights}+{blake3(computed.encode()).hexdigest()}",
+        kv_dtype=f"{cache.cache_dtype}/{model.dtype}",
+        positional=f"rope {getattr(model.hf_text_config, 'rope_parameters', None)}",
+        source=f"vllm/{algorithm}/{hash_seed()}",
+        permutation=permutation(vllm_config, specs),
+    )
+
+
+def model_name(model: Any) -> str:
+    """Return the hub's name, or the name of the local folder, wherever that stands."""
+    place = Path(model.model)
+    return place.resolve().name if place.exists() else str(model.model)
+
+
+def settings(model: Any) -> str:
+    """Return all that the model's configuration says, overrides included, but not where it lies."""
+
+    def placeless(found: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in found.items() if name not in PLACES}
+
+    text = model.hf_config.to_json_string(use_diff=False)
+    return json.dumps(json.loads(text, object_hook=placeless), sort_keys=True)
+
+
+def weights_revision(model: Any) -> str:
+    """Name the weights: the hub's commit, or a fingerprint of the local files.
+
+    The fingerprint covers names, sizes and times, and the bytes of small files: a copy with other
+    times is another revision (a cold start, never a wrong byte). The extra setting "revision" says
+    that weights on several hosts are equal.
+    """
+    commit = getattr(model.hf_config, "_commit_hash", None)
+    if commit:
+        return f"commit:{commit}"
+    place = Path(model.model)
+    if not place.exists():
+        raise ConfigError(
+            f"the weights of {model.model!r} have no commit, and are no local files: set "
+            "'revision' in kv_connector_extra_config to a name that changes with the weights"
+        )
+    digest = blake3()
+    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
+        if file.is_file():
+            stat = file.stat()
+            name = file.relative_to(place if place.is_dir() else place.parent)
+            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
+            if stat.st_size <= SMALL_BYTES:
+                digest.update(file.read_bytes())
+    return f"files:{digest.hexdigest()}"
+
+
+def hash_seed() -> str:
+    """Return the seed of vLLM's hash chains (PYTHONHASHSEED, or vLLM's fixed one)."""
+    from vllm.v1.core.kv_cache_utils import get_none_hash_seed
+
+    return str(get_none_hash_seed())
+
+
+def permutation(vllm_config: Any, specs: list[Any]) -> str:
+    """Name the order of the bytes in a page: equal names promise that equal bytes mean the same.
+
+    The CPU kernels order K and V by the instruction set; others are told apart by their name.
+    """
+    import vllm
+    from vllm.platforms import current_platform
+
+    kernel = str(vllm_config.attention_config.backend)
+    if current_platform.is_cpu():
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        cache_dtype, dtype = vllm_config.cache_config.cache_dtype, vllm_config.model_config.dtype
+        kernel = _get_attn_isa(dtype, specs[0].block_size, specs[0].head_size, cache_dtype)
+    order = f"{current_platform.device_type} {kernel} {vllm_config.cache_config.kv_cache_layout}"
+    return f"vllm {vllm.__version__} {order} {blake3(repr(specs).encode()).hexdigest()}"
