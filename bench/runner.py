@@ -129,25 +129,26 @@ def interleave(
 
     A function may return its own seconds (a float) where a part of it is preparation; otherwise
     the whole call is timed. The order turns with every round, so that none is always the one
-    after the other. The garbage collector rests while a round runs. At least 9 rounds are made.
+    after the other. The garbage collector rests meanwhile: a full collection between rounds would
+    leave every cache cold. At least 9 rounds are made.
     """
     names = list(functions)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     enabled = gc.isenabled()
-    for number in range(-warmup, max(rounds, ROUNDS_MIN)):
-        turn = number % len(names)
-        gc.collect()
-        gc.disable()
-        try:
+    gc.collect()
+    gc.disable()
+    try:
+        for number in range(-warmup, max(rounds, ROUNDS_MIN)):
+            turn = number % len(names)
             for name in names[turn:] + names[:turn]:
                 start = time.perf_counter()
                 said = functions[name]()
                 took = time.perf_counter() - start
                 if number >= 0:
                     seconds[name].append(said if isinstance(said, float) else took)
-        finally:
-            if enabled:
-                gc.enable()
+    finally:
+        if enabled:
+            gc.enable()
     return seconds
 
 

@@ -9,6 +9,7 @@ million blocks resident, random keys, and an eviction for every block reserved.
 
 import argparse
 import gc
+import mmap
 import os
 import time
 from collections.abc import Callable
@@ -89,11 +90,14 @@ class Mover:
         self.count = TABLE_BYTES // self.layout.payload_bytes
         self.blocks = FOOTPRINT_BYTES // self.layout.payload_bytes
         random = np.random.default_rng(1)
-        shape = (self.blocks, tokens, HEADS, DIM)
-        self.arrays = [
-            tuple(random.integers(0, 1 << 15, shape, np.int16).view(np.float16) for _ in "KV")
-            for _ in range(LAYERS)
-        ]
+        # One slab for all layers, aligned, as serving engines allocate it.
+        shape = (LAYERS, 2, self.blocks, tokens, HEADS, DIM)
+        memory = mmap.mmap(-1, FOOTPRINT_BYTES)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        slab = np.frombuffer(memory, dtype=np.int16)
+        slab[:] = random.integers(0, 1 << 15, len(slab), np.int16)
+        slab = slab.view(np.float16).reshape(shape)
+        self.arrays = [(slab[layer, 0], slab[layer, 1]) for layer in range(LAYERS)]
         self.cache = self.engine.cache(self.names, self.arrays)
         self.engine.warm()
         self.random = random

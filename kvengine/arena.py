@@ -32,6 +32,7 @@ class SizeClass:
         self.free = np.empty(0, dtype=np.int32)
         self.count = 0
         self.extents: dict[int, int] = {}
+        self.smallest = 0  # pages of the smallest extent: fewer free ones make none whole
 
     def push(self, slots: Slots) -> None:
         """Put slots on the stack of free ones."""
@@ -62,8 +63,7 @@ class Arena:
             except OSError:
                 pass  # a kernel without huge pages: the slab works all the same
         self.memory = memoryview(self._map)
-        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
-        self.address = self._bytes.ctypes.data
+        self.address = np.frombuffer(self._map, dtype=np.uint8).ctypes.data
         self._holes: list[tuple[int, int]] = [(0, pages)]
         self._classes: dict[int, SizeClass] = {}
         self.taken_pages = 0
@@ -83,7 +83,9 @@ class Arena:
     def take(self, nbytes: int, count: int) -> Slots:
         """Take up to `count` slots of at least `nbytes`; fewer where the arena is full."""
         pages = self.pages_of(nbytes)
-        known = self._classes.setdefault(pages, SizeClass(pages))
+        known = self._classes.get(pages)
+        if known is None:
+            known = self._classes[pages] = SizeClass(pages)
         while known.count < count and self._extend(known):
             pass
         slots = known.pop(min(count, known.count))
@@ -109,22 +111,15 @@ class Arena:
         """Return the first `nbytes` of a slot, writable."""
         return self.memory[slot * PAGE_BYTES : slot * PAGE_BYTES + nbytes]
 
-    def put(self, slots: Slots, data: NDArray[np.uint8]) -> None:
-        """Write the first bytes of slots. data: uint8[n, size]."""
-        size = data.shape[1]
-        for at, row in zip(self.offsets(slots).tolist(), data, strict=True):
-            self._bytes[at : at + size] = row
+    def compact(self) -> bool:
+        """Give extents whose slots are all free back to the slab, for other size classes.
 
-    def get(self, slots: Slots, size: int) -> NDArray[np.uint8]:
-        """Copy the first bytes of slots: uint8[n, size]."""
-        data = np.empty((len(slots), size), dtype=np.uint8)
-        for row, at in enumerate(self.offsets(slots).tolist()):
-            data[row] = self._bytes[at : at + size]
-        return data
-
-    def compact(self) -> None:
-        """Give extents whose slots are all free back to the slab, for other size classes."""
+        Returns whether there were any.
+        """
+        found = False
         for known in self._classes.values():
+            if known.count * known.pages < known.smallest:
+                continue
             free = np.sort(known.free[: known.count])
             for start, size in list(known.extents.items()):
                 inside = (free >= start) & (free < start + size)
@@ -132,8 +127,10 @@ class Arena:
                     del known.extents[start]
                     free = free[~inside]
                     self._holes.append((start, size))
+                    found = True
             known.free, known.count = free, len(free)
         self._holes = _merge(self._holes)
+        return found
 
     def populate(self) -> None:
         """Have the system back the whole slab with memory, so that no save waits for page faults.
@@ -156,7 +153,8 @@ class Arena:
         # Small extents at first leave room for other classes; a sixteenth of the slab at most
         # keeps the count of extents small.
         want = max(EXTENT_BYTES // PAGE_BYTES, EXTENT_SLOTS * known.pages)
-        want = want // known.pages * known.pages
+        want = min(want, self.nbytes // PAGE_BYTES // 16)
+        want = max(1, want // known.pages) * known.pages
         fitting = [hole for hole in self._holes if hole[1] >= known.pages]
         if not fitting:
             return False
@@ -166,6 +164,7 @@ class Arena:
         if size > used:
             self._holes.append((start + used, size - used))
         known.extents[start] = used
+        known.smallest = min(known.extents.values())
         slots = np.arange(start, start + used, known.pages, dtype=np.int32)
         known.push(slots[::-1])
         return True

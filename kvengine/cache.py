@@ -268,13 +268,21 @@ class PagedCache:
 
 
 def _stack(offsets: list[Int64s]) -> Int64s:
+    if len(offsets) == 1:
+        return offsets[0][None]
     return np.ascontiguousarray(np.stack(offsets), dtype=np.int64)
 
 
 def _integers(name: str, given: object) -> Int64s:
-    if hasattr(given, "__dlpack__") and not isinstance(given, np.ndarray):
-        given = np.from_dlpack(given)
-    array = np.asarray(given)
+    try:
+        if hasattr(given, "__dlpack__") and not isinstance(given, np.ndarray):
+            given = np.from_dlpack(given)
+        array = np.asarray(given)
+    except (BufferError, RuntimeError, TypeError, ValueError) as error:
+        raise LayoutError(
+            f"{name} is a {type(given).__name__} that cannot be read ({error}): give integers in "
+            "host memory"
+        ) from error
     if array.size == 0:
         return np.empty(0, dtype=np.int64)
     if array.dtype.kind not in "iu" or array.size > MAPPING_MAX:
@@ -288,7 +296,7 @@ def _within(name: str, table: Int64s, limit: int, unique: bool) -> None:
     low, high = int(table.min()), int(table.max())
     if low < 0 or high >= limit:
         raise LayoutError(f"{name} names {low}..{high}, the cache has 0..{limit - 1}")
-    if unique and len(np.unique(table)) != len(table):
+    if unique and len(set(table.tolist())) != len(table):
         raise LayoutError(f"{name} names a place twice: two blocks cannot be loaded into one")
 
 

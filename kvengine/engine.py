@@ -239,6 +239,9 @@ class Engine:
             self.metrics.add("saved_blocks", saved)
             if saved:
                 good[rows] = whole
+            if len(rows) < count:
+                # A key named twice, or saved by another meanwhile.
+                np.logical_or(good, store.contains(keys), out=good)
             transfer.finish(good, saved * layout.payload_bytes)
             self._pump()
 
@@ -288,7 +291,7 @@ class Engine:
 
     def drop(self, keys: BlockKeys) -> int:
         """Forget blocks everywhere. Returns how many there were."""
-        return 0 if self._away() else self._store.drop(keys)
+        return 0 if self._gone(keys) else self._store.drop(keys)
 
     def drop_all(self) -> int:
         """Make every block of this tenant unreachable, in O(1); returns the new epoch.
@@ -385,7 +388,14 @@ class Engine:
 
     def _gone(self, keys: BlockKeys) -> bool:
         """Whether nothing is held under these keys: the engine is away, or their epoch is over."""
-        return self._away() or keys.namespace.identity.epoch != self._tenants.epoch()
+        if self._away():
+            return True
+        if not self._store.knows(keys.namespace):
+            raise LayoutError(
+                f"these keys are of {keys.namespace!r}, which another engine has made: ask this "
+                "one with engine.namespace(...)"
+            )
+        return keys.namespace.identity.epoch != self._tenants.epoch()
 
     def _failed(self, error: Exception) -> None:
         self.metrics.add("tier_failures", 1, tier="memory")
@@ -395,7 +405,7 @@ class Engine:
     ) -> PagedCache:
         if not isinstance(caches, PagedCache):
             return PagedCache(layout, caches, writable)
-        if caches.layout.digest() != layout.digest():
+        if caches.layout != layout and caches.layout.digest() != layout.digest():
             raise LayoutError("this PagedCache was made for a namespace of another layout")
         if writable and not caches.writable:
             raise LayoutError("this PagedCache was made for saving only: make it with engine.cache")
@@ -407,17 +417,16 @@ class Engine:
 
     def _write_headers(self, reservation: Reservation, digests: NDArray[np.uint64]) -> None:
         keys, store = reservation.keys, self._store
-        template = _template(store, keys.namespace)
-        table = keys.table
-        before = np.concatenate([np.frombuffer(keys.parent, np.uint8).reshape(1, -1), table])
-        headers = template.write(
-            table[reservation.indices],
-            before[reservation.indices],
+        indices = reservation.indices.tolist()
+        headers = _template(store, keys.namespace).write(
+            [keys.key(index) for index in indices],
+            [keys.key(index - 1) if index else keys.parent for index in indices],
             reservation.fill,
-            keys.position + reservation.indices,
+            [keys.position + index for index in indices],
             digests,
         )
-        store.arena.put(reservation.slots, headers)
+        for slot, header in zip(reservation.slots.tolist(), headers, strict=True):
+            store.arena.view(slot, len(header))[:] = header
 
     def _pump(self) -> None:
         """Give the tier the next committed blocks, while less than WRITE_BYTES are under way."""
@@ -467,7 +476,7 @@ class _Load:
         self._cache = cache
         self._table = table
         self._mapping = None if mapping is None else mapping.reshape(len(ids), -1)
-        self._layers = slice(0, keys.namespace.layout.layers)
+        self._layers = (0, keys.namespace.layout.layers)
         self._good = np.zeros(len(ids), dtype=np.bool_)
         self._lock = threading.Lock()
         self._left = 0
@@ -481,7 +490,7 @@ class _Load:
         windows = [away[at : at + step] for at in range(0, len(away), step)]
         self._left = 1 + len(windows)
         # A layer is there when every part's tasks are over; a window has none before it arrives.
-        self._transfer.expect(self._layers, len(windows))
+        self._transfer.expect([((0, len(rows)), self._layers) for rows in windows])
         for rows in windows:
             self._fetch(rows)
         self._scatter(here, slots[here])
@@ -492,7 +501,7 @@ class _Load:
         rows = rows[: len(slots)]
         tier = self._engine._tier
         if not len(rows) or tier is None:
-            self._transfer.arrived(self._layers)
+            self._transfer.arrived(rows, self._layers)
             self._part_done()
             return
         arrived = np.zeros(len(rows), dtype=np.bool_)
@@ -520,15 +529,17 @@ class _Load:
             self._store.fetched(self._ids[rows], slots, keep, parent)
 
         self._scatter(rows[arrived], slots[arrived], after)
-        self._transfer.arrived(self._layers)
+        self._transfer.arrived(rows, self._layers)
 
     def _scatter(
         self, rows: NDArray[np.intp], slots: Slots, after: Callable[[Bools], None] | None = None
     ) -> None:
         """Verify headers, then segments, and fill the caller's cache."""
         size = self._template.header_bytes
-        headers = self._store.arena.get(slots, size)
-        fine, digests = self._template.read(headers, self._keys.table[rows])
+        fine, digests = self._template.read(
+            (self._store.arena.view(slot, size) for slot in slots.tolist()),
+            [self._keys.key(row) for row in rows.tolist()],
+        )
         tried = np.flatnonzero(fine)
 
         def done(verdicts: NDArray[np.uint8]) -> None:

@@ -17,18 +17,22 @@
     152     2      digest kind (1 xxh3-128)
     154     2      flags (0)
     156     4      key id for sealing (0: plain)
-    160     80     reserved, zero
-    240     16     header digest: xxh3-128 of the header with this field zero
-    256     32 each   segment table: offset u64, bytes u64, digest u64 low, u64 high
+    160     96     reserved, zero
+    256     16 S   segments: offset u64, bytes u64 each
+    …       16 S   their digests: low u64, high u64 each
+    …              zero, up to 16 bytes before the header's end
+    end-16  16     header digest: xxh3-128 of all header bytes before it, low half first
 
 All little-endian; segment offsets count from the start of the payload, which follows the header.
-A header verifies by its own digest; each segment of the payload by the one in the table.
+A header verifies by its own digest; each segment of the payload by the one in the table. All that
+differs between two frames of a namespace stands in few, contiguous places, so that headers are put
+together from pieces.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,16 +50,29 @@ DIGEST_XXH3_128 = 1
 PAGE_BYTES = 4096
 FIXED_BYTES = 256
 SEGMENT_BYTES = 32
+DIGEST_BYTES = 16
 PAYLOAD_BYTES_MAX = 1 << 40
-DIGEST_AT = FIXED_BYTES - 16
 
-_FIXED = struct.Struct("<4sHHIIQ32s32s32s16s4HIIHHI80s16s")
+_FIXED = struct.Struct("<4sHHIIQ32s32s32s16s4HIIHHI96s")
 assert _FIXED.size == FIXED_BYTES
+
+
+def _digest(header: bytes) -> bytes:
+    return xxhash.xxh3_128_intdigest(header).to_bytes(DIGEST_BYTES, "little")
+
+
+def header_digest(frame: memoryview) -> bytes:
+    """Return the digest that a frame's header carries. Raises FrameError where it has no header."""
+    size = int.from_bytes(frame[8:12], "little")
+    if not FIXED_BYTES <= size <= len(frame):
+        raise FrameError(f"a header of {size} bytes in a frame of {len(frame)}")
+    return bytes(frame[size - DIGEST_BYTES : size])
 
 
 def header_bytes(segments: int) -> int:
     """Return the size of a header with so many segments: a multiple of 4 KiB."""
-    return -(-(FIXED_BYTES + SEGMENT_BYTES * segments) // PAGE_BYTES) * PAGE_BYTES
+    used = FIXED_BYTES + SEGMENT_BYTES * segments + DIGEST_BYTES
+    return -(-used // PAGE_BYTES) * PAGE_BYTES
 
 
 def frame_bytes(layout: Layout) -> int:
@@ -111,15 +128,11 @@ class Header:
             self.digest_kind,
             0,
             self.key_id,
-            bytes(80),
-            bytes(16),
+            bytes(96),
         )
-        table = np.concatenate([self.segments, self.digests], axis=1).astype("<u8").tobytes()
-        data = bytearray(size)
-        data[:FIXED_BYTES] = fixed
-        data[FIXED_BYTES : FIXED_BYTES + len(table)] = table
-        data[DIGEST_AT:FIXED_BYTES] = xxhash.xxh3_128_digest(bytes(data))
-        return bytes(data)
+        tables = self.segments.astype("<u8").tobytes() + self.digests.astype("<u8").tobytes()
+        data = (fixed + tables).ljust(size - DIGEST_BYTES, b"\0")
+        return data + _digest(data)
 
 
 def decode(data: bytes | memoryview) -> Header:
@@ -132,7 +145,7 @@ def decode(data: bytes | memoryview) -> Header:
     (magic, version, encoding, size, count, payload, key, parent, identity, fill, *rest) = (
         _FIXED.unpack_from(data)
     )
-    (layer, layer_end, head, head_end, position, tokens, kind, flags, key_id, blank, digest) = rest
+    (layer, layer_end, head, head_end, position, tokens, kind, flags, key_id, blank) = rest
     if magic != MAGIC:
         raise FrameError(f"no frame: it begins with {bytes(magic)!r}, expected {MAGIC!r}")
     if version != VERSION:
@@ -141,14 +154,14 @@ def decode(data: bytes | memoryview) -> Header:
         raise FrameError(f"a header of {size} bytes does not hold {count} segments")
     if len(data) < size:
         raise FrameError(f"a truncated header: {len(data)} of {size} bytes")
-    whole = bytearray(data[:size])
-    whole[DIGEST_AT:FIXED_BYTES] = bytes(16)
-    if xxhash.xxh3_128_digest(bytes(whole)) != digest:
+    whole = bytes(data[:size])
+    if _digest(whole[:-DIGEST_BYTES]) != whole[-DIGEST_BYTES:]:
         raise FrameError("the header's digest does not match: its bytes have changed")
-    if encoding != ENCODING_RAW or kind != DIGEST_XXH3_128 or flags or any(blank):
+    padding = whole[FIXED_BYTES + SEGMENT_BYTES * count : -DIGEST_BYTES]
+    if encoding != ENCODING_RAW or kind != DIGEST_XXH3_128 or flags or any(blank) or any(padding):
         raise FrameError(f"encoding {encoding}, digest kind {kind}, flags {flags}: not known here")
-    table = np.frombuffer(whole, "<u8", count * 4, FIXED_BYTES).reshape(count, 4)
-    segments, digests = table[:, :2].copy(), table[:, 2:].copy()
+    tables = np.frombuffer(whole, "<u8", count * 4, FIXED_BYTES).reshape(2, count, 2)
+    segments, digests = tables[0].copy(), tables[1].copy()
     offsets = np.concatenate([[0], np.cumsum(segments[:, 1])])
     if payload > PAYLOAD_BYTES_MAX or int(offsets[-1]) != payload:
         raise FrameError(f"segments of {int(offsets[-1])} bytes in a payload of {payload}")
@@ -172,10 +185,11 @@ def decode(data: bytes | memoryview) -> Header:
 
 
 class Template:
-    """Headers of one namespace's frames, written and read a table at a time.
+    """Headers of one namespace's frames, put together from pieces and taken apart again.
 
     Only key, parent, fill, position and digests differ between frames of a namespace; the rest is
-    laid down once here, and compared byte for byte on reading.
+    laid down once here, and compared byte for byte on reading. Plain bytes, not arrays: after a
+    large copy the processor's caches are cold, and an array operation then costs ten times more.
     """
 
     def __init__(self, layout: Layout, identity: bytes) -> None:
@@ -194,57 +208,58 @@ class Template:
             segments=self.segments,
             digests=np.zeros((layout.layers, 2), dtype=np.uint64),
         ).encode()
-        self._blank = np.frombuffer(blank, dtype=np.uint8).copy()
-        self._blank[DIGEST_AT:FIXED_BYTES] = 0
+        self._step = DIGEST_BYTES * layout.layers
+        self._digests_at = FIXED_BYTES + self._step
+        digests_end = self._digests_at + self._step
+        self._start, self._identity, self._part = blank[:24], blank[88:120], blank[136:144]
+        self._middle = blank[148 : self._digests_at]
+        self._padding = blank[digests_end:-DIGEST_BYTES]
 
     def write(
         self,
-        keys: NDArray[np.uint8],
-        parents: NDArray[np.uint8],
+        keys: Sequence[bytes],
+        parents: Sequence[bytes],
         fill: bytes,
-        positions: NDArray[np.integer],
+        positions: Sequence[int],
         digests: NDArray[np.uint64],
-    ) -> NDArray[np.uint8]:
-        """Return the headers of n frames, uint8[n, header_bytes].
-
-        keys, parents: uint8[n, 32]; positions: [n]; digests: uint64[n, segments, 2].
-        """
-        data = np.tile(self._blank, (len(keys), 1))
-        data[:, 24:56] = keys
-        data[:, 56:88] = parents
-        data[:, 120:136] = np.frombuffer(fill, dtype=np.uint8)
-        data[:, 144:148] = positions.astype("<u4").reshape(-1, 1).view(np.uint8)
-        self._table(data)[:, :, 2:] = digests
-        data[:, DIGEST_AT:FIXED_BYTES] = self._digests(data)
-        return data
+    ) -> Iterator[bytes]:
+        """Yield the headers of n frames. digests: uint64[n, segments, 2]."""
+        start, identity, part = self._start, self._identity, self._part
+        middle, padding, step = self._middle, self._padding, self._step
+        table = digests.tobytes()
+        at = 0
+        for key, parent, position in zip(keys, parents, positions, strict=True):
+            place = position.to_bytes(4, "little")
+            digest = table[at : at + step]
+            data = b"".join(
+                (start, key, parent, identity, fill, part, place, middle, digest, padding)
+            )
+            yield data + _digest(data)
+            at += step
 
     def read(
-        self, data: NDArray[np.uint8], keys: NDArray[np.uint8]
+        self, headers: Iterable[bytes | memoryview], keys: Sequence[bytes]
     ) -> tuple[NDArray[np.bool_], NDArray[np.uint64]]:
         """Verify n headers against this namespace and their keys.
 
-        data: uint8[n, header_bytes], overwritten; keys: uint8[n, 32]. Returns which are good, and
-        their segments' digests, uint64[n, segments, 2].
+        Returns which are good, and their segments' digests, uint64[n, segments, 2].
         """
-        found = data[:, DIGEST_AT:FIXED_BYTES].copy()
-        data[:, DIGEST_AT:FIXED_BYTES] = 0
-        good = (found == self._digests(data)).all(axis=1)
-        good &= (data[:, 24:56] == keys).all(axis=1)
-        for start, stop in ((0, 24), (88, 120), (136, 144), (148, DIGEST_AT)):
-            good &= (data[:, start:stop] == self._blank[start:stop]).all(axis=1)
-        table = self._table(data)
-        good &= (table[:, :, :2] == self.segments).all(axis=(1, 2))
-        return good, np.ascontiguousarray(table[:, :, 2:])
-
-    def _digests(self, data: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        size = self.header_bytes
-        flat = data.data.cast("B") if len(data) else memoryview(b"")
-        digests = (xxhash.xxh3_128_digest(flat[at : at + size]) for at in range(0, len(flat), size))
-        return np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 16)
-
-    def _table(self, data: NDArray[np.uint8]) -> NDArray[np.uint64]:
-        end = FIXED_BYTES + SEGMENT_BYTES * len(self.segments)
-        return data[:, FIXED_BYTES:end].view("<u8").reshape(len(data), len(self.segments), 4)
+        good, tables = [], []
+        start, end = self._digests_at, self._digests_at + self._step
+        for header, key in zip(headers, keys, strict=True):
+            data = bytes(header[: self.header_bytes])
+            good.append(
+                data[24:56] == key
+                and _digest(data[:-DIGEST_BYTES]) == data[-DIGEST_BYTES:]
+                and data[:24] == self._start
+                and data[88:120] == self._identity
+                and data[136:144] == self._part
+                and data[148:start] == self._middle
+                and data[end:-DIGEST_BYTES] == self._padding
+            )
+            tables.append(data[start:end])
+        digests = np.frombuffer(b"".join(tables), dtype="<u8").reshape(len(good), len(self.segments), 2)
+        return np.array(good, dtype=np.bool_), digests
 
 
 def verify_payload(header: Header, payload: memoryview) -> list[int]:

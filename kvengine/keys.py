@@ -133,10 +133,10 @@ class Namespace:
         keyed by the root, so tenants and models stay apart. `position` is the index of the first
         in its prompt, `parent` the hash before it, where known. Raises BadKey for shorter ones.
         """
-        for position, value in enumerate(hashes):
+        for index, value in enumerate(hashes):
             if len(value) < KEY_BYTES:
                 raise BadKey(
-                    f"hash {position} has {len(value)} bytes, expected at least {KEY_BYTES}: "
+                    f"hash {index} has {len(value)} bytes, expected at least {KEY_BYTES}: "
                     "configure the serving engine to hash blocks with sha256"
                 )
         root = self.root

@@ -86,6 +86,11 @@ class Layout:
     @classmethod
     def opaque(cls, *, layers: int, page_bytes: int, block_tokens: int, permutation: str) -> Layout:
         """Describe pages whose inside only the serving engine knows: `page_bytes` a layer."""
+        if not permutation:
+            raise LayoutError(
+                "Layout.permutation is empty, expected a name of the pages' byte order: pages of "
+                "another order would be taken for the same"
+            )
         return cls(
             layers, 1, page_bytes, 0, "uint8", block_tokens, "HND", True, "full", permutation
         )

@@ -183,6 +183,12 @@ class Store:
                 space.nbytes = nbytes
         return Namespace(identity, layout, number, digest, identity.root(secret))
 
+    def knows(self, namespace: Namespace) -> bool:
+        """Say whether a namespace was made by this store: numbers of others mean other sizes."""
+        number = namespace.number
+        known = self._spaces[number] if number < len(self._spaces) else None
+        return known is not None and known.digest == namespace.digest and bool(known.template)
+
     def space(self, number: int) -> Space:
         """Return what is known of a namespace."""
         return self._spaces[number]
@@ -312,7 +318,7 @@ class Store:
             if not good.all():
                 self._unreserve(ids[~good], reservation.slots[~good], reservation.keys)
                 ids = ids[good]
-            self._index.set_state(ids, COMMITTED)
+            self._index.rows[ids, STATE] = COMMITTED
             nbytes = self._spaces[reservation.keys.namespace.number].nbytes
             for run in _runs(reservation, good, nbytes):
                 self._policy.added(run, now)
@@ -389,6 +395,9 @@ class Store:
             # Another fetch may have been first, and a block may have been dropped meanwhile.
             first = keep & (rows[ids, SLOT] == NO_SLOT)
             first &= (rows[ids, STATE] & STATE_MASK) == COMMITTED
+            chosen = np.flatnonzero(first)
+            once = np.unique(ids[chosen], return_index=True)[1]
+            first[np.delete(chosen, once)] = False  # a table may name a block twice
             rows[ids[first], SLOT] = slots[first]
             self.arena.give(nbytes, slots[~first])
             for run in _split(ids, np.flatnonzero(first), parent, nbytes):
@@ -519,6 +528,8 @@ class Store:
         slots = self.arena.take(nbytes, count)
         if len(slots) == count:
             return slots
+        if self.arena.compact():
+            slots = np.concatenate([slots, self.arena.take(nbytes, count - len(slots))])
         parts = [slots]
         missing = count - len(slots)
         slot_bytes = self.arena.pages_of(nbytes) * PAGE_BYTES
@@ -544,21 +555,27 @@ class Store:
     def _evict(self, ids: Int32s) -> bool:
         """Take victims out of memory. Returns whether their slots have several sizes."""
         self._policy.removed(ids)
-        numbers = self._index.rows[ids, NAMESPACE]
-        below = self._index.tiers(ids) != 0
-        self._give_slots(ids)
-        self._discard(ids[~below])
+        mixed = self._give_slots(ids)
+        self._discard(ids[self._index.tiers(ids) == 0] if self._tiers else ids)
         self._metrics.add("evicted_blocks", len(ids), reason="memory")
-        return bool((numbers != numbers[0]).any())
+        return mixed
 
-    def _give_slots(self, ids: Int32s) -> None:
+    def _give_slots(self, ids: Int32s) -> bool:
+        """Give entries' slots back to the arena. Returns whether they had several sizes."""
+        if not len(ids):
+            return False
         rows = self._index.rows
+        slots = rows[ids, SLOT]
         numbers = rows[ids, NAMESPACE]
-        for number in np.unique(numbers).tolist():
-            mine = ids[numbers == number]
-            slots = rows[mine, SLOT]
-            self.arena.give(self._spaces[number].nbytes, slots[slots != NO_SLOT])
         rows[ids, SLOT] = NO_SLOT
+        if slots.min() < 0:
+            held = slots != NO_SLOT
+            slots, numbers = slots[held], numbers[held]
+        kinds = set(numbers.tolist())
+        for number in kinds:
+            mine = slots if len(kinds) == 1 else slots[numbers == number]
+            self.arena.give(self._spaces[number].nbytes, mine)
+        return len(kinds) > 1
 
     def _unlease(self, ids: Int32s) -> None:
         free = self._index.unlease(ids)
@@ -634,6 +651,8 @@ class Store:
             self.arena.give(nbytes, slots)
 
     def _spans(self, ids: Int32s, slots: Slots) -> list[Span]:
+        if not len(ids):
+            return []
         nbytes = self._spaces[int(self._index.rows[ids[0], NAMESPACE])].nbytes
         room = self.arena.pages_of(nbytes) * PAGE_BYTES
         return [

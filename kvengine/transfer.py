@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvengine.codec import Codec
+from kvengine.codec import Codec, Range
 from kvengine.kernels.copy import BAD, GOOD, Moves
 from kvengine.workers import Workers
 
-TASK_BYTES = 8 << 20
+TASK_BYTES = 8 << 20, 16 << 20  # at least, so that a call streams past the caches, and at most
 JOBS_MAX = 1024
 
 Bools = NDArray[np.bool_]
@@ -86,16 +86,22 @@ class Transfer:
         """Begin no more copying."""
         self._cancelled = True
 
-    def expect(self, layers: NDArray[np.integer] | slice, count: int) -> None:
-        """Count pieces of work that these layers wait for."""
+    def expect(self, tasks: Sequence[tuple[Range, Range]]) -> None:
+        """Count pieces of work, (blocks, layers) each, that their layers wait for."""
         with self._changed:
-            self._pending[layers] += count
+            for _, (first, end) in tasks:
+                self._pending[first:end] += 1
 
-    def arrived(self, layers: slice) -> None:
-        """Count one piece less."""
+    def arrived(
+        self, rows: NDArray[np.intp], layers: Range, verdicts: NDArray[np.uint8] | None = None
+    ) -> None:
+        """Count one piece less; verdicts: uint8[rows, all layers], those of `layers` are taken."""
+        first, end = layers
         with self._changed:
-            self._pending[layers] -= 1
-            if not self._pending[layers].all():
+            if verdicts is not None:
+                self._verdicts[rows, first:end] = verdicts[:, first:end]
+            self._pending[first:end] -= 1
+            if not self._pending[first:end].all():
                 self._changed.notify_all()
 
     def finish(self, good: Bools, nbytes: int, error: str | None = None) -> None:
@@ -107,7 +113,7 @@ class Transfer:
             self._changed.notify_all()
 
     def abandon(self) -> None:
-        """After a fork, in the child: nothing arrives, and the lock may be held by a lost thread."""
+        """After a fork, in the child: nothing arrives, and a lost thread may hold the lock."""
         self._changed = threading.Condition()
         if not self._finished:
             self.finish(np.zeros_like(self.good), 0, "the process has forked")
@@ -116,11 +122,6 @@ class Transfer:
     def cancelled(self) -> bool:
         """Whether `cancel` was called."""
         return self._cancelled
-
-    @property
-    def verdicts(self) -> NDArray[np.uint8]:
-        """uint8[blocks, layers]: copy.GOOD, copy.BAD, or 0 where nothing has been done."""
-        return self._verdicts
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +158,7 @@ class Transfers:
         """Fill frames from caches; `on_done` gets verdicts, uint8[blocks, segments]."""
         verdicts = np.zeros(job.digests.shape[:2], dtype=np.uint8)
 
-        def work(blocks: tuple[int, int], segments: tuple[int, int]) -> None:
+        def work(blocks: Range, segments: Range) -> None:
             codec.encode(job.moves, blocks, segments, job.digests)
             verdicts[slice(*blocks), slice(*segments)] = GOOD
 
@@ -167,7 +168,7 @@ class Transfers:
         """Verify frames and fill caches; `on_done` gets verdicts, uint8[blocks, segments]."""
         verdicts = np.zeros(job.digests.shape[:2], dtype=np.uint8)
 
-        def work(blocks: tuple[int, int], segments: tuple[int, int]) -> None:
+        def work(blocks: Range, segments: Range) -> None:
             codec.decode(job.moves, blocks, segments, job.digests, verdicts)
 
         self._run(transfer, job, verdicts, work)
@@ -198,16 +199,15 @@ class Transfers:
         transfer: Transfer,
         job: Job,
         verdicts: NDArray[np.uint8],
-        work: Callable[[tuple[int, int], tuple[int, int]], None],
+        work: Callable[[Range, Range], None],
     ) -> None:
-        tasks = _tasks(job.moves)
+        tasks = _tasks(job.moves, self._workers.count)
         left = [len(tasks)]
         with self._lock:
             self._jobs += 1
-        for _, segments in tasks:
-            transfer.expect(slice(*segments), 1)
+        transfer.expect(tasks)
 
-        def run(blocks: tuple[int, int], segments: tuple[int, int]) -> None:
+        def run(blocks: Range, segments: Range) -> None:
             try:
                 if not transfer.cancelled:
                     work(blocks, segments)
@@ -215,28 +215,35 @@ class Transfers:
                 verdicts[slice(*blocks), slice(*segments)] = BAD
                 transfer.error = f"{type(error).__name__}: {error}"
                 self._on_error(error)
-            rows, layers = job.rows[slice(*blocks)], slice(*segments)
-            transfer.verdicts[rows, layers] = verdicts[slice(*blocks), layers]
+            transfer.arrived(job.rows[slice(*blocks)], segments, verdicts[slice(*blocks)])
             with self._lock:
                 left[0] -= 1
                 last = left[0] == 0
                 self._jobs -= last
-            transfer.arrived(layers)
             if last:
                 self._guarded(transfer, partial(job.on_done, verdicts))
 
-        for blocks, segments in tasks:
-            if not self._workers.submit(partial(run, blocks, segments)):
-                transfer.stop()
+        # Each thread takes the next task that is left: one wake-up a thread, not one a task.
+        waiting = iter(tasks)
+
+        def runs() -> None:
+            for blocks, segments in waiting:
                 run(blocks, segments)
 
+        for _ in range(min(self._workers.count, len(tasks))):
+            if not self._workers.submit(runs):
+                transfer.stop()
+                runs()
 
-def _tasks(moves: Moves) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-    """Cut a table into pieces of about TASK_BYTES: layers first, blocks where layers are large."""
+
+def _tasks(moves: Moves, threads: int) -> list[tuple[Range, Range]]:
+    """Cut a table into two pieces a thread or more: layers first, blocks where layers are large."""
     blocks, segments = len(moves.frames), len(moves.segments)
     segment_bytes = max(1, int(moves.segments[0, 3]))
-    block_step = max(1, min(blocks, 2 * TASK_BYTES // segment_bytes))
-    segment_step = max(1, TASK_BYTES // (segment_bytes * block_step))
+    low, high = TASK_BYTES
+    size = min(max(low, blocks * segments * segment_bytes // (2 * threads)), high)
+    block_step = max(1, min(blocks, size // segment_bytes))
+    segment_step = max(1, size // (segment_bytes * block_step))
     return [
         ((b, min(b + block_step, blocks)), (s, min(s + segment_step, segments)))
         for s in range(0, segments, segment_step)

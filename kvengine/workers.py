@@ -18,8 +18,10 @@ class Workers:
     """
 
     def __init__(self, count: int, name: str, on_error: Callable[[Exception], None]) -> None:
-        self._queue: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        # Not a SimpleQueue: a burst of puts wakes only one of the threads that wait on that.
+        self._queue: queue.Queue[Work | None] = queue.Queue()
         self._on_error = on_error
+        self._lock = threading.Lock()  # nothing is queued behind what ends the threads
         self._closed = False
         self._threads = [
             threading.Thread(target=self._run, name=f"{name}-{i}", daemon=True)
@@ -35,17 +37,19 @@ class Workers:
 
     def submit(self, work: Work) -> bool:
         """Queue work. False once closed: the work will not run."""
-        if self._closed:
-            return False
-        self._queue.put(work)
-        return True
+        with self._lock:
+            if self._closed:
+                return False
+            self._queue.put(work)
+            return True
 
     def close(self, timeout_s: float) -> bool:
         """Run what is queued, then end the threads. False if that took longer than the time."""
-        if not self._closed:
-            self._closed = True
-            for _ in self._threads:
-                self._queue.put(None)
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                for _ in self._threads:
+                    self._queue.put(None)
         end = time.monotonic() + timeout_s
         for thread in self._threads:
             if thread is not threading.current_thread():

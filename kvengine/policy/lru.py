@@ -154,6 +154,7 @@ def _victims(nodes: Int32s, pages: int, out: Int32s, room: int) -> int:
         parent = _parent(nodes, out[i] + 1)
         if parent > 0:
             nodes[parent * 8 + 4] += 1
+    out[room] = max(pages, 0)  # what is still missing
     return found
 
 
@@ -199,13 +200,13 @@ class LRU:
         """Yield candidates, the oldest first, leaves before their parents."""
         pages = -(-nbytes // PAGE_BYTES)
         room = min(max(1, pages), WALK_MAX)
-        out = np.empty(room, dtype=np.int32)
+        out = np.empty(room + 1, dtype=np.int32)
         while pages > 0:
             found = _victims(column(self._nodes), pages, column(out), room)
             if found == 0:
                 return
             entries = out[:found].copy()
-            pages -= int(self._nodes.reshape(-1, WIDTH)[entries + 1, PAGES].sum())
+            pages = int(out[room])
             yield entries
             if self._nodes[WIDTH * (int(entries[0]) + 1) + STATUS] != ABSENT:
                 return  # the caller took none: the same would come again

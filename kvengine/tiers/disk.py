@@ -197,18 +197,21 @@ class DiskTier:
         good = False
         try:
             good = time.monotonic() < deadline and self._read_frame(span)
-        except (OSError, FrameError) as error:
+        except OSError as error:
             self._failed(error)
+            self._give_up(span.key)
         finally:
             report(index, good)
 
     def _read_frame(self, span: Span) -> bool:
         with self._lock:
             segment = self._where.get(span.key)
-            if segment is None:
-                return False
-            slot = segment.keys[span.key]
-            segment.readers += 1
+            if segment is not None:
+                slot = segment.keys[span.key]
+                segment.readers += 1
+        if segment is None:
+            self._dropped([span.key])
+            return False
         try:
             want = _pages(span.nbytes)
             head = mmap.mmap(-1, PAGE_BYTES)
@@ -223,13 +226,17 @@ class DiskTier:
             return True
         except FrameError:
             self._metrics.add("corrupt_blocks", 1, tier=self.name)
-            self.drop([span.key])
-            self._dropped([span.key])
+            self._give_up(span.key)
             return False
         finally:
             with self._lock:
                 segment.readers -= 1
                 self._bury(segment)
+
+    def _give_up(self, key: bytes) -> None:
+        """Forget a block that cannot be read, here and above: it is to be computed again."""
+        self.drop([key])
+        self._dropped([key])
 
     def _write(
         self,
@@ -297,7 +304,7 @@ class DiskTier:
             report(index, written is not None and good.get(written.number, False))
 
     def _slot_header(self, segment: Segment, slot: int, span: Span) -> mmap.mmap:
-        digest = bytes(span.frame[frame.DIGEST_AT : frame.FIXED_BYTES])
+        digest = frame.header_digest(span.frame)
         identity = bytes(span.frame[88:120])
         fixed = _SLOT.pack(
             _SLOT_MAGIC,
