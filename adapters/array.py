@@ -13,11 +13,14 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Protocol, cast
+from typing import TYPE_CHECKING, Final, Protocol, cast
 
 import numpy as np
 
 from kvengine.errors import LayoutError
+
+if TYPE_CHECKING:
+    from typing_extensions import CapsuleType
 
 # name: (type code, bits) of a DLDataType
 DTYPES: Final = {
@@ -98,7 +101,9 @@ _capsule_pointer = ctypes.PYFUNCTYPE(ctypes.c_void_p, ctypes.py_object, ctypes.c
 class Array(Protocol):
     """Anything that speaks DLPack: a torch.Tensor, jax.Array, numpy.ndarray, cupy.ndarray, ..."""
 
-    def __dlpack__(self, *, stream: int | None = None) -> object: ...
+    def __dlpack__(
+        self, *, stream: int | None = None, max_version: tuple[int, int] | None = None
+    ) -> object: ...
     def __dlpack_device__(self) -> tuple[int, int]: ...
 
 
@@ -247,7 +252,7 @@ class Export:
         max_version: tuple[int, int] | None = None,
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
-    ) -> object:
+    ) -> CapsuleType:
         """Make a capsule; it, or who takes it, holds the view. `stream` is not waited for."""
         here = self.__dlpack_device__()
         if copy:
@@ -266,10 +271,8 @@ class Export:
         # numpy's capsule, whose deleter takes the GIL and outlives the interpreter, with the
         # dtype and device that numpy does not know written over it.
         plain = np.asarray(_Memory(self.view))
-        capsule: object = (
-            plain.__dlpack__(max_version=max_version) if versioned else (plain.__dlpack__())
-        )
-        base: int = _capsule_pointer(capsule, _capsule_name(capsule))
+        capsule: CapsuleType = plain.__dlpack__(max_version=max_version)
+        base: int = _capsule_pointer(capsule, VERSIONED if versioned else UNVERSIONED)
         tensor = base + HEADER.size if versioned else base
         ctypes.memmove(tensor + DEVICE_OFFSET, struct.pack("@ii", *here), 8)
         ctypes.memmove(tensor + DTYPE_OFFSET, struct.pack("@BB", *DTYPES[self.view.dtype]), 2)
@@ -372,8 +375,8 @@ def _ask(array: Array, stream: int | None) -> object:
         kind = DEVICE_NAMES.get(int(array.__dlpack_device__()[0]))
         stream = stream if kind in STREAM_DEVICES else None
     try:
-        return array.__dlpack__(stream=stream, max_version=MAX_VERSION)  # type: ignore[call-arg]  # not known before DLPack 1.0
-    except TypeError:
+        return array.__dlpack__(stream=stream, max_version=MAX_VERSION)
+    except TypeError:  # from before DLPack 1.0
         return array.__dlpack__(stream=stream)
 
 

@@ -38,7 +38,7 @@ from kvengine.errors import ModelNotSupported
 if TYPE_CHECKING:
     from kvengine.cache import PagedCache
     from kvengine.keys import BlockKeys, Namespace
-    from kvengine.store import Lease
+    from kvengine.lease import Lease
     from kvengine.transfer import Transfer
 
 ERRORS = "vllm:kvengine_errors"

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from kvengine.engine import Engine
     from kvengine.keys import BlockKeys, Namespace
     from kvengine.layout import Layout
-    from kvengine.store import Lease
+    from kvengine.lease import Lease
     from kvengine.transfer import Transfer
 
 __version__ = "0.1.0"
@@ -64,7 +64,7 @@ HOMES = (
     ("BlockKeys", "keys"),
     ("Namespace", "keys"),
     ("Layout", "layout"),
-    ("Lease", "store"),
+    ("Lease", "lease"),
     ("Transfer", "transfer"),
 )
 

@@ -2,7 +2,9 @@
 
 A value is looked for in the options of the command line (or of `open`), then in `KVENGINE_*`
 variables, then in a TOML file, then among the defaults; `Config.load` says for each where it came
-from. A URL is a short way to say the same settings: `mem://?size=4G | file:///var/cache/kv?size=100G`.
+from. A URL is a short way to say the same settings:
+
+    mem://?size=4G | file:///var/cache/kv?size=100G
 """
 
 import difflib

@@ -18,33 +18,28 @@ from types import TracebackType
 import numpy as np
 from numpy.typing import NDArray
 
-from kvengine.arena import Arena, Slots
+from kvengine.arena import Arena
 from kvengine.cache import PagedCache
 from kvengine.codec import Codec, Raw
 from kvengine.compiled import Int32s
 from kvengine.config import Config
 from kvengine.errors import ClosedError, LayoutError
-from kvengine.frame import Template
-from kvengine.index import NO_SLOT
 from kvengine.kernels import launch
-from kvengine.kernels.copy import BAD, GOOD
+from kvengine.kernels.copy import GOOD
 from kvengine.keys import FORMAT_VERSION, BlockKeys, Identity, Namespace
 from kvengine.layout import Layout
+from kvengine.lease import Bools, Lease, Reservation
+from kvengine.load import Load
 from kvengine.metrics import Metrics
-from kvengine.policy import NO_PARENT
 from kvengine.policy.lru import LRU
-from kvengine.store import Lease, Reservation, Store, exercise
+from kvengine.store import Store, exercise
 from kvengine.tenants import DEFAULT, Tenants
-from kvengine.tiers import Span, Tier
+from kvengine.tiers import DEADLINE_S, Span, Tier
 from kvengine.tiers.disk import DiskTier
 from kvengine.transfer import Job, Transfer, Transfers
 
 WRITE_BYTES = 32 << 20
-FETCH_BYTES = 16 << 20
-TIER_DEADLINE_S = 60.0
 CLOSE_S = 30.0
-
-Bools = NDArray[np.bool_]
 
 
 class Engine:
@@ -185,7 +180,7 @@ class Engine:
         keeps its own hold. A lease that nobody releases ends after `lease_s`.
         """
         if self._gone(keys):
-            return Lease(self._store, keys, np.empty(0, dtype=np.int32), 0, 0.0)
+            return Lease(keys, np.empty(0, dtype=np.int32), 0, 0.0, self._store.release)
         lease = self._store.match(keys)
         self.metrics.add("lookup_blocks", len(keys))
         if lease.in_memory:
@@ -223,7 +218,7 @@ class Engine:
         if not len(rows):
             transfer.finish(good, 0)
             return transfer
-        store, template = self._store, _template(self._store, keys.namespace)
+        store, template = self._store, self._store.template(keys.namespace)
         frames = store.arena.addresses(reservation.slots) + template.header_bytes
         moves = cache.moves(
             frames,
@@ -236,13 +231,13 @@ class Engine:
             whole = (verdicts == GOOD).all(axis=1)
             self._write_headers(reservation, digests)
             saved = store.commit(reservation, whole)
-            self.metrics.add("saved_blocks", saved)
             if saved:
                 good[rows] = whole
             if len(rows) < count:
                 # A key named twice, or saved by another meanwhile.
                 np.logical_or(good, store.contains(keys), out=good)
             transfer.finish(good, saved * layout.payload_bytes)
+            self.metrics.add("saved_blocks", saved)
             self._pump()
 
         self._transfers.save(transfer, Job(moves, digests, rows, done, cache), self._codec)
@@ -276,8 +271,8 @@ class Engine:
         if not len(ids):
             return self._refuse(transfer)
         keys = lease.keys[first : first + count]
-        load = _Load(self, transfer, keys, ids, cache, table, mapping)
-        load.start(slots)
+        parts = (self._store, self._transfers, self._tier, self._codec)
+        Load(*parts, transfer, keys, ids, cache, table, mapping).start(slots)
         return transfer
 
     # Keeping house
@@ -418,7 +413,7 @@ class Engine:
     def _write_headers(self, reservation: Reservation, digests: NDArray[np.uint64]) -> None:
         keys, store = reservation.keys, self._store
         indices = reservation.indices.tolist()
-        headers = _template(store, keys.namespace).write(
+        headers = store.template(keys.namespace).write(
             [keys.key(index) for index in indices],
             [keys.key(index - 1) if index else keys.parent for index in indices],
             reservation.fill,
@@ -451,133 +446,7 @@ class Engine:
                     self._writing -= spans[index].nbytes
                 self._pump()
 
-            tier.write(spans, time.monotonic() + TIER_DEADLINE_S, report)
-
-
-class _Load:
-    """One load under way: what is in memory is scattered at once, the rest as it arrives."""
-
-    def __init__(
-        self,
-        engine: Engine,
-        transfer: Transfer,
-        keys: BlockKeys,
-        ids: Int32s,
-        cache: PagedCache,
-        table: NDArray[np.int64] | None,
-        mapping: NDArray[np.int64] | None,
-    ) -> None:
-        self._engine = engine
-        self._store = engine._store
-        self._template = _template(engine._store, keys.namespace)
-        self._transfer = transfer
-        self._keys = keys
-        self._ids = ids
-        self._cache = cache
-        self._table = table
-        self._mapping = None if mapping is None else mapping.reshape(len(ids), -1)
-        self._layers = (0, keys.namespace.layout.layers)
-        self._good = np.zeros(len(ids), dtype=np.bool_)
-        self._lock = threading.Lock()
-        self._left = 0
-
-    def start(self, slots: Slots) -> None:
-        """Cut the table into what is in memory and windows of what is not; begin them all."""
-        here = np.flatnonzero(slots != NO_SLOT)
-        away = np.flatnonzero(slots == NO_SLOT)
-        frame_bytes = self._store.space(self._keys.namespace.number).nbytes
-        step = max(1, FETCH_BYTES // frame_bytes)
-        windows = [away[at : at + step] for at in range(0, len(away), step)]
-        self._left = 1 + len(windows)
-        # A layer is there when every part's tasks are over; a window has none before it arrives.
-        self._transfer.expect([((0, len(rows)), self._layers) for rows in windows])
-        for rows in windows:
-            self._fetch(rows)
-        self._scatter(here, slots[here])
-
-    def _fetch(self, rows: NDArray[np.intp]) -> None:
-        """Read blocks of the tier into slots, then scatter them."""
-        slots, spans = self._store.take_slots(self._ids[rows])
-        rows = rows[: len(slots)]
-        tier = self._engine._tier
-        if not len(rows) or tier is None:
-            self._transfer.arrived(rows, self._layers)
-            self._part_done()
-            return
-        arrived = np.zeros(len(rows), dtype=np.bool_)
-        waiting = [len(rows)]
-
-        def report(index: int, good: bool) -> None:
-            with self._lock:
-                arrived[index] = good
-                waiting[0] -= 1
-                last = waiting[0] == 0
-            if last and not self._engine._transfers.submit(
-                self._transfer, lambda: self._arrived(rows, slots, arrived)
-            ):
-                self._arrived(rows, slots, np.zeros(len(rows), dtype=np.bool_))
-
-        tier.read(spans, time.monotonic() + TIER_DEADLINE_S, report)
-
-    def _arrived(self, rows: NDArray[np.intp], slots: Slots, arrived: Bools) -> None:
-        """Scatter a window whose reads are over; then its slots go to their entries."""
-
-        def after(good: Bools) -> None:
-            keep = np.zeros(len(rows), dtype=np.bool_)
-            keep[arrived] = good
-            parent = int(self._ids[rows[0] - 1]) if rows[0] else NO_PARENT
-            self._store.fetched(self._ids[rows], slots, keep, parent)
-
-        self._scatter(rows[arrived], slots[arrived], after)
-        self._transfer.arrived(rows, self._layers)
-
-    def _scatter(
-        self, rows: NDArray[np.intp], slots: Slots, after: Callable[[Bools], None] | None = None
-    ) -> None:
-        """Verify headers, then segments, and fill the caller's cache."""
-        size = self._template.header_bytes
-        fine, digests = self._template.read(
-            (self._store.arena.view(slot, size) for slot in slots.tolist()),
-            [self._keys.key(row) for row in rows.tolist()],
-        )
-        tried = np.flatnonzero(fine)
-
-        def done(verdicts: NDArray[np.uint8]) -> None:
-            good, bad = fine.copy(), ~fine
-            good[tried] = (verdicts == GOOD).all(axis=1)
-            bad[tried] = (verdicts == BAD).any(axis=1)
-            self._good[rows] = good
-            self._store.corrupt(self._ids[rows[bad]], "memory" if after is None else "disk")
-            if after is not None:
-                after(good)
-            self._part_done()
-
-        if not len(tried):
-            done(np.empty((0, 1), dtype=np.uint8))
-            return
-        chosen = rows[tried]
-        moves = self._cache.moves(
-            self._store.arena.addresses(slots[tried]) + size,
-            None if self._table is None else self._table[chosen],
-            None if self._mapping is None else self._mapping[chosen],
-        )
-        job = Job(moves, digests[tried], chosen, done, self._cache)
-        self._engine._transfers.load(self._transfer, job, self._engine._codec)
-
-    def _part_done(self) -> None:
-        with self._lock:
-            self._left -= 1
-            last = self._left == 0
-        if last:
-            self._store.unpin(self._ids)
-            nbytes = int(self._good.sum()) * self._keys.namespace.layout.payload_bytes
-            self._transfer.finish(self._good, nbytes)
-
-
-def _template(store: Store, namespace: Namespace) -> Template:
-    template = store.space(namespace.number).template
-    assert template is not None  # set when the namespace was made
-    return template
+            tier.write(spans, time.monotonic() + DEADLINE_S, report)
 
 
 def _watch(engine: Engine) -> Callable[[], None]:

@@ -258,7 +258,9 @@ class Template:
                 and data[end:-DIGEST_BYTES] == self._padding
             )
             tables.append(data[start:end])
-        digests = np.frombuffer(b"".join(tables), dtype="<u8").reshape(len(good), len(self.segments), 2)
+        digests = np.frombuffer(b"".join(tables), dtype="<u8").reshape(
+            len(good), len(self.segments), 2
+        )
         return np.array(good, dtype=np.bool_), digests
 
 

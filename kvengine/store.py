@@ -37,12 +37,12 @@ from kvengine.index import (
 )
 from kvengine.keys import KEY_BYTES, ROOT_KEY, BlockKeys, Identity, Namespace
 from kvengine.layout import Layout
+from kvengine.lease import Bools, Lease, Reservation
 from kvengine.metrics import Metrics
 from kvengine.policy import NO_PARENT, Policy, Run
 from kvengine.policy.lru import LRU
 from kvengine.tiers import Held, Span, Tier
 
-Bools = NDArray[np.bool_]
 EMPTY = np.empty(0, dtype=np.int32)
 UNKNOWN = -1
 
@@ -54,77 +54,6 @@ class Space:
     digest: bytes
     nbytes: int
     template: Template | None
-
-
-class Lease:
-    """Leading blocks of a prompt, held until released or past their deadline.
-
-    `blocks` counts those held, in memory and in tiers together; `in_memory` the leading ones that
-    are in memory. A context manager; `release` is idempotent and safe from any thread.
-    """
-
-    def __init__(
-        self, store: Store, keys: BlockKeys, ids: Int32s, in_memory: int, deadline: float
-    ) -> None:
-        self.keys = keys
-        self.blocks = len(ids)
-        self.in_memory = in_memory
-        self.deadline = deadline
-        self.token = os.urandom(16)
-        self._store = store
-        self._ids = ids
-
-    def __len__(self) -> int:
-        return self.blocks
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Let the blocks go. Transfers that still use them keep their own hold."""
-        self._store.release(self)
-
-
-class Reservation:
-    """Slots for blocks that the caller is about to fill.
-
-    `indices` says which keys of the table are reserved, `held` which are held already (the others
-    were refused, or someone else fills them now), `slots` where in the arena. Ends by
-    `Store.commit` or `Store.abort`, at once; or at its deadline, when the keys are free for others,
-    and the slots stay quarantined until this object says that nobody writes them any more (commit,
-    abort, or its end).
-    """
-
-    def __init__(
-        self,
-        keys: BlockKeys,
-        ids: Int32s,
-        indices: NDArray[np.intp],
-        held: Bools,
-        slots: Slots,
-        parents: Int32s,
-        deadline: float,
-        dead: deque[bytes],
-    ) -> None:
-        self.keys = keys
-        self.indices = indices
-        self.held = held
-        self.slots = slots
-        self.deadline = deadline
-        drawn = os.urandom(32)
-        self.fill, self.token = drawn[:16], drawn[16:]
-        self._ids = ids
-        self._parents = parents
-        self._dead = dead
-
-    def __del__(self) -> None:
-        self._dead.append(self.token)
-
-    def __len__(self) -> int:
-        return len(self.slots)
 
 
 class Store:
@@ -193,6 +122,12 @@ class Store:
         """Return what is known of a namespace."""
         return self._spaces[number]
 
+    def template(self, namespace: Namespace) -> Template:
+        """Return how the headers of a namespace's frames are written and read."""
+        template = self._spaces[namespace.number].template
+        assert template is not None  # set when the namespace was made
+        return template
+
     def attach(self, tier: Tier) -> int:
         """Take in a tier and the blocks that it holds. Returns how many."""
         with self._lock:
@@ -229,7 +164,7 @@ class Store:
             self._sweep(now)
             ids, in_memory = self._prefix(keys)
             self._policy.held(self._index.lease(ids))
-            lease = Lease(self, keys, ids, in_memory, now + self._lease_s)
+            lease = Lease(keys, ids, in_memory, now + self._lease_s, self.release)
             if len(ids):
                 self._leases[lease.token] = lease
         return lease
@@ -238,7 +173,7 @@ class Store:
         """Let a lease's blocks go; idempotent."""
         with self._lock:
             if self._leases.pop(lease.token, None) is not None:
-                self._unlease(lease._ids)
+                self._unlease(lease.ids)
 
     def pin(self, lease: Lease, first: int, count: int) -> tuple[Int32s, Slots]:
         """Hold blocks of a live lease for a transfer: their ids and slots (NO_SLOT: in a tier).
@@ -248,7 +183,7 @@ class Store:
         with self._lock:
             if lease.token not in self._leases:
                 return EMPTY, EMPTY
-            ids = lease._ids[first : first + count]
+            ids = lease.ids[first : first + count]
             self._index.lease(ids)
             return ids, self._index.rows[ids, SLOT]
 
@@ -314,7 +249,7 @@ class Store:
             if self._reservations.pop(reservation.token, None) is None:
                 self._acknowledge(reservation.token)
                 return 0
-            ids = reservation._ids
+            ids = reservation.ids
             if not good.all():
                 self._unreserve(ids[~good], reservation.slots[~good], reservation.keys)
                 ids = ids[good]
@@ -632,7 +567,7 @@ class Store:
             if lease.deadline > now:
                 break
             del self._leases[lease.token]
-            self._unlease(lease._ids)
+            self._unlease(lease.ids)
             self._metrics.add("expired", 1, kind="lease")
         while self._reservations:
             reservation = next(iter(self._reservations.values()))
@@ -641,8 +576,8 @@ class Store:
             del self._reservations[reservation.token]
             nbytes = self._spaces[reservation.keys.namespace.number].nbytes
             self._quarantine[reservation.token] = (nbytes, reservation.slots)
-            self._index.rows[reservation._ids, LEASES] = 0
-            self._discard(reservation._ids)
+            self._index.rows[reservation.ids, LEASES] = 0
+            self._discard(reservation.ids)
             self._metrics.add("expired", 1, kind="reservation")
 
     def _acknowledge(self, token: bytes) -> None:
@@ -690,7 +625,7 @@ def _leading(flags: Bools) -> int:
 
 def _runs(reservation: Reservation, good: Bools, nbytes: int) -> Iterator[Run]:
     """Cut what is committed into runs of consecutive blocks."""
-    indices, ids, parents = reservation.indices, reservation._ids, reservation._parents
+    indices, ids, parents = reservation.indices, reservation.ids, reservation.parents
     if not good.all():
         indices, ids, parents = indices[good], ids[good], parents[good]
     for start, stop in _consecutive(indices):

@@ -40,7 +40,7 @@ class Transfer:
         self.nbytes = 0
         self.error: str | None = None
         self._verdicts = np.zeros((count, layers), dtype=np.uint8)
-        self._pending = np.zeros(layers, dtype=np.int64)
+        self._pending = [0] * layers
         self._changed = threading.Condition()
         self._finished = False
         self._cancelled = False
@@ -67,7 +67,7 @@ class Transfer:
             )
 
     def layer_good(self, layer: int) -> Bools:
-        """Say which blocks' bytes of a layer are there and verified. Call after `wait_layer`."""
+        """Say which blocks' bytes of a layer a load has verified. Call after `wait_layer`."""
         good: Bools = self._verdicts[:, layer] == GOOD
         return good
 
@@ -90,18 +90,22 @@ class Transfer:
         """Count pieces of work, (blocks, layers) each, that their layers wait for."""
         with self._changed:
             for _, (first, end) in tasks:
-                self._pending[first:end] += 1
+                for layer in range(first, end):
+                    self._pending[layer] += 1
 
     def arrived(
         self, rows: NDArray[np.intp], layers: Range, verdicts: NDArray[np.uint8] | None = None
     ) -> None:
         """Count one piece less; verdicts: uint8[rows, all layers], those of `layers` are taken."""
         first, end = layers
+        ended = False
         with self._changed:
             if verdicts is not None:
                 self._verdicts[rows, first:end] = verdicts[:, first:end]
-            self._pending[first:end] -= 1
-            if not self._pending[first:end].all():
+            for layer in range(first, end):
+                self._pending[layer] -= 1
+                ended |= not self._pending[layer]
+            if ended:
                 self._changed.notify_all()
 
     def finish(self, good: Bools, nbytes: int, error: str | None = None) -> None:
@@ -162,7 +166,7 @@ class Transfers:
             codec.encode(job.moves, blocks, segments, job.digests)
             verdicts[slice(*blocks), slice(*segments)] = GOOD
 
-        self._run(transfer, job, verdicts, work)
+        self._run(transfer, job, verdicts, work, loads=False)
 
     def load(self, transfer: Transfer, job: Job, codec: Codec) -> None:
         """Verify frames and fill caches; `on_done` gets verdicts, uint8[blocks, segments]."""
@@ -171,7 +175,7 @@ class Transfers:
         def work(blocks: Range, segments: Range) -> None:
             codec.decode(job.moves, blocks, segments, job.digests, verdicts)
 
-        self._run(transfer, job, verdicts, work)
+        self._run(transfer, job, verdicts, work, loads=True)
 
     def close(self, timeout_s: float) -> bool:
         """Finish what is queued and end the threads. False if that took longer than the time."""
@@ -200,6 +204,8 @@ class Transfers:
         job: Job,
         verdicts: NDArray[np.uint8],
         work: Callable[[Range, Range], None],
+        *,
+        loads: bool,
     ) -> None:
         tasks = _tasks(job.moves, self._workers.count)
         left = [len(tasks)]
@@ -215,7 +221,9 @@ class Transfers:
                 verdicts[slice(*blocks), slice(*segments)] = BAD
                 transfer.error = f"{type(error).__name__}: {error}"
                 self._on_error(error)
-            transfer.arrived(job.rows[slice(*blocks)], segments, verdicts[slice(*blocks)])
+            transfer.arrived(
+                job.rows[slice(*blocks)], segments, verdicts[slice(*blocks)] if loads else None
+            )
             with self._lock:
                 left[0] -= 1
                 last = left[0] == 0

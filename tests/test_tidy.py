@@ -30,10 +30,10 @@ LAYERS = (
     ("policy.*", "keys", "arena", "kernels.digest"),
     ("kernels.copy", "kernels.quant", "kernels.lossless", "peer.ring"),
     ("config", "frame", "tenants", "kernels.device"),
-    ("codec", "cache", "index", "tiers", "peer.messages"),
+    ("codec", "cache", "index", "lease", "tiers", "peer.messages"),
     ("tiers.*", "transfer", "peer.node", "peer.wire", "peer.membership"),
     ("store", "peer.tier", "peer.client"),
-    ("trace", "plan"),
+    ("trace", "plan", "load"),
     ("engine",),
     ("",),
     ("server", "web", "adapters.torch", "adapters.jax", "adapters.vllm_identity"),
@@ -55,6 +55,7 @@ ENVIRONMENT = ("config",)
 CATCH_ALL = (
     ("workers", "Workers._run"),
     ("transfer", "Transfers._run.run"),
+    ("transfer", "Transfers._guarded"),
     ("adapters.*", "*guarded"),
 )
 # One registry of engines by config, in an adapter whose framework builds several objects.

@@ -6,6 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+# How long a table of reads or writes may wait for its turn, where the caller has no deadline.
+DEADLINE_S = 60.0
+
 # Called once for each span, from the tier's own thread: its index in the table, and whether its
 # bytes are where they should be. Until then the span's slot is the job's.
 Report = Callable[[int, bool], None]

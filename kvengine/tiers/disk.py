@@ -458,7 +458,12 @@ class DiskTier:
         pages: list[tuple[int, bytes]] = []
         page = mmap.mmap(-1, PAGE_BYTES)
         for slot in range(segment.slots):
-            got = os.preadv(segment.handle, [page], PAGE_BYTES + slot * segment.stride)
+            try:
+                got = os.preadv(segment.handle, [page], PAGE_BYTES + slot * segment.stride)
+            except OSError as error:
+                self._failed(error)
+                pages.append((slot, b""))  # damaged: not to be written to again
+                continue
             if got < PAGE_BYTES:
                 break
             data = page[:]

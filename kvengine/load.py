@@ -1,0 +1,149 @@
+"""One load under way: leased blocks from the arena, and through it from the tier, into a cache."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvengine.arena import Slots
+from kvengine.cache import PagedCache
+from kvengine.codec import Codec
+from kvengine.compiled import Int32s
+from kvengine.index import NO_SLOT
+from kvengine.kernels.copy import BAD, GOOD
+from kvengine.keys import BlockKeys
+from kvengine.lease import Bools
+from kvengine.policy import NO_PARENT
+from kvengine.store import Store
+from kvengine.tiers import DEADLINE_S, Tier
+from kvengine.transfer import Job, Transfer, Transfers
+
+FETCH_BYTES = 16 << 20
+
+
+class Load:
+    """One load under way: what is in memory is scattered at once, the rest as it arrives."""
+
+    def __init__(
+        self,
+        store: Store,
+        transfers: Transfers,
+        tier: Tier | None,
+        codec: Codec,
+        transfer: Transfer,
+        keys: BlockKeys,
+        ids: Int32s,
+        cache: PagedCache,
+        table: NDArray[np.int64] | None,
+        mapping: NDArray[np.int64] | None,
+    ) -> None:
+        self._store = store
+        self._transfers = transfers
+        self._tier = tier
+        self._codec = codec
+        self._template = store.template(keys.namespace)
+        self._transfer = transfer
+        self._keys = keys
+        self._ids = ids
+        self._cache = cache
+        self._table = table
+        self._mapping = None if mapping is None else mapping.reshape(len(ids), -1)
+        self._layers = (0, keys.namespace.layout.layers)
+        self._good = np.zeros(len(ids), dtype=np.bool_)
+        self._lock = threading.Lock()
+        self._left = 0
+
+    def start(self, slots: Slots) -> None:
+        """Cut the table into what is in memory and windows of what is not; begin them all."""
+        here = np.flatnonzero(slots != NO_SLOT)
+        away = np.flatnonzero(slots == NO_SLOT)
+        frame_bytes = self._store.space(self._keys.namespace.number).nbytes
+        step = max(1, FETCH_BYTES // frame_bytes)
+        windows = [away[at : at + step] for at in range(0, len(away), step)]
+        self._left = 1 + len(windows)
+        # A layer is there when every part's tasks are over; a window has none before it arrives.
+        self._transfer.expect([((0, len(rows)), self._layers) for rows in windows])
+        for rows in windows:
+            self._fetch(rows)
+        self._scatter(here, slots[here])
+
+    def _fetch(self, rows: NDArray[np.intp]) -> None:
+        """Read blocks of the tier into slots, then scatter them."""
+        slots, spans = self._store.take_slots(self._ids[rows])
+        rows = rows[: len(slots)]
+        if not len(rows) or self._tier is None:
+            self._transfer.arrived(rows, self._layers)
+            self._part_done()
+            return
+        arrived = np.zeros(len(rows), dtype=np.bool_)
+        waiting = [len(rows)]
+
+        def report(index: int, good: bool) -> None:
+            with self._lock:
+                arrived[index] = good
+                waiting[0] -= 1
+                last = waiting[0] == 0
+            if last and not self._transfers.submit(
+                self._transfer, lambda: self._arrived(rows, slots, arrived)
+            ):
+                self._arrived(rows, slots, np.zeros(len(rows), dtype=np.bool_))
+
+        self._tier.read(spans, time.monotonic() + DEADLINE_S, report)
+
+    def _arrived(self, rows: NDArray[np.intp], slots: Slots, arrived: Bools) -> None:
+        """Scatter a window whose reads are over; then its slots go to their entries."""
+
+        def after(good: Bools) -> None:
+            keep = np.zeros(len(rows), dtype=np.bool_)
+            keep[arrived] = good
+            parent = int(self._ids[rows[0] - 1]) if rows[0] else NO_PARENT
+            self._store.fetched(self._ids[rows], slots, keep, parent)
+
+        self._scatter(rows[arrived], slots[arrived], after)
+        self._transfer.arrived(rows, self._layers)
+
+    def _scatter(
+        self, rows: NDArray[np.intp], slots: Slots, after: Callable[[Bools], None] | None = None
+    ) -> None:
+        """Verify headers, then segments, and fill the caller's cache."""
+        size = self._template.header_bytes
+        fine, digests = self._template.read(
+            (self._store.arena.view(slot, size) for slot in slots.tolist()),
+            [self._keys.key(row) for row in rows.tolist()],
+        )
+        tried = np.flatnonzero(fine)
+
+        def done(verdicts: NDArray[np.uint8]) -> None:
+            good, bad = fine.copy(), ~fine
+            good[tried] = (verdicts == GOOD).all(axis=1)
+            bad[tried] = (verdicts == BAD).any(axis=1)
+            self._good[rows] = good
+            self._store.corrupt(self._ids[rows[bad]], "memory" if after is None else "disk")
+            if after is not None:
+                after(good)
+            self._part_done()
+
+        if not len(tried):
+            done(np.empty((0, 1), dtype=np.uint8))
+            return
+        chosen = rows[tried]
+        moves = self._cache.moves(
+            self._store.arena.addresses(slots[tried]) + size,
+            None if self._table is None else self._table[chosen],
+            None if self._mapping is None else self._mapping[chosen],
+        )
+        job = Job(moves, digests[tried], chosen, done, self._cache)
+        self._transfers.load(self._transfer, job, self._codec)
+
+    def _part_done(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._store.unpin(self._ids)
+            nbytes = int(self._good.sum()) * self._keys.namespace.layout.payload_bytes
+            self._transfer.finish(self._good, nbytes)
