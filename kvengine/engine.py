@@ -239,6 +239,7 @@ class Engine:
             transfer.finish(good, saved * layout.payload_bytes)
             self.metrics.add("saved_blocks", saved)
             self._pump()
+            store.make_room(keys.namespace, len(rows))
 
         self._transfers.save(transfer, Job(moves, digests, rows, done, cache), self._codec)
         return transfer

@@ -264,12 +264,26 @@ class Store:
                     self._dirty.append(ids)
                     self._unwritten += len(ids)
             else:
-                self._unlease(ids)
+                self._index.rows[ids, LEASES] = 0
             return len(ids)
 
     def abort(self, reservation: Reservation) -> None:
         """Give reserved slots back: nobody writes them any more. Idempotent."""
         self.commit(reservation, np.zeros(len(reservation), dtype=np.bool_))
+
+    def make_room(self, namespace: Namespace, count: int) -> None:
+        """Evict ahead of need, so that the next `reserve` of so many blocks finds free slots.
+
+        Keeps at most a sixteenth of the arena free.
+        """
+        nbytes = self._spaces[namespace.number].nbytes
+        slot_bytes = self.arena.pages_of(nbytes) * PAGE_BYTES
+        with self._lock:
+            count = min(count, self.arena.nbytes // slot_bytes // 16)
+            short = count - self.arena.available(nbytes)
+            if short > 0:
+                for victims in self._policy.victims(short * slot_bytes, self._clock()):
+                    self._evict(victims)
 
     # Moving between arena and tiers
 

@@ -86,6 +86,9 @@ class MockArray:
             self.deleted += valid(capsule, self.label)
 
         self.destroy = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)(destroy)
+        # Never freed: a capsule may outlive all names of the mock, and a destructor cannot free
+        # the callback that it runs in.
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return self.device, 7
@@ -161,8 +164,8 @@ def test_numpy_with_ml_dtypes(require: Any, dtype: str) -> None:
         torch = require("torch")
         back = torch.from_dlpack(export(found))
         assert (back.dtype, back.data_ptr()) == (getattr(torch, dtype), array.ctypes.data)
-        back.view(torch.uint8)[-1, -1] = 0x11
-        assert array.view(np.uint8)[-1, -1] == 0x11
+        back.fill_(1)
+        assert np.all(array == 1)
 
 
 @pytest.mark.parametrize(("index", "strides"), SLICES)
@@ -275,7 +278,7 @@ def test_require() -> None:
         ("K lies on cpu:0, expected cuda:1", {"device": ("cuda", 1)}),
     ):
         with pytest.raises(LayoutError, match=message):
-            found.require("K", **wanted)  # type: ignore[arg-type]  # a table of cases
+            found.require("K", **wanted)
     with pytest.raises(LayoutError, match="the last 2 axes without gaps"):
         view(np.zeros((4, 6, 8), "f4")[:, :, 1:]).require("K", compact_axes=2)
     with pytest.raises(LayoutError, match="multiples of 64 bytes"):
@@ -493,7 +496,7 @@ def test_a_consumer_keeps_the_memory(require: Any) -> None:
         del memory
         gc.collect()
         assert gone() is not None
-        if not repr(held).startswith("<capsule"):
+        if hasattr(held, "__dlpack__"):
             assert content(view(held)) == np.full(32, 5, np.float32).tobytes()
         del held
         gc.collect()
