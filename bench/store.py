@@ -101,7 +101,7 @@ class Mover:
         self.cache = self.engine.cache(self.names, self.arrays)
         self.engine.warm()
         self.random = random
-        self.turn = 0
+        self.turn = self.copied = 0
         self.matches = True
         self.keys = self.names.keys([])
         self.saved = np.empty(0, dtype=np.int64)
@@ -112,7 +112,8 @@ class Mover:
         """Return what one round does: memcpy, save, load; each gives its own seconds."""
 
         def memcpy() -> float:
-            at = (self.turn % TABLES) * TABLE_BYTES
+            at = (self.copied % TABLES) * TABLE_BYTES
+            self.copied += 1
             start = time.perf_counter()
             np.copyto(target[at : at + TABLE_BYTES], source[at : at + TABLE_BYTES])
             return time.perf_counter() - start

@@ -99,12 +99,14 @@ def _store(builder: ir.IRBuilder, data: ir.Value, address: ir.Value, kind: int) 
         stored.set_metadata("nontemporal", one)
 
 
-def _prefetch(builder: ir.IRBuilder, address: ir.Value) -> None:
+def _prefetch(builder: ir.IRBuilder, address: ir.Value, kind: int) -> None:
+    # What is streamed is read once: it leaves the caches to those who come back to them.
+    locality = 0 if kind == STREAM else 3
     i32 = ir.IntType(32)
     pointer = builder.inttoptr(address, cgutils.voidptr_t)
-    kind = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, i32, i32, i32])
-    prefetch = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-    builder.call(prefetch, [pointer, i32(0), i32(3), i32(1)])
+    signature = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, i32, i32, i32])
+    prefetch = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+    builder.call(prefetch, [pointer, i32(0), i32(locality), i32(1)])
 
 
 def _blocks(kind: int) -> Any:
@@ -124,7 +126,7 @@ def _blocks(kind: int) -> Any:
                 value = builder.load(state)
                 for index in range(STRIPES):
                     offset = builder.add(base, ir.Constant(I64, index * STRIPE))
-                    _prefetch(builder, builder.add(ahead, offset))
+                    _prefetch(builder, builder.add(ahead, offset), kind)
                     data = builder.load(_pointer(builder, builder.add(source, offset)), align=1)
                     _store(builder, data, builder.add(target, offset), kind)
                     value = _accumulate(builder, value, data, _secret(8 * index))

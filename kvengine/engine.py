@@ -237,6 +237,7 @@ class Engine:
                 # A key named twice, or saved by another meanwhile.
                 np.logical_or(good, store.contains(keys), out=good)
             transfer.finish(good, saved * layout.payload_bytes)
+            self._transfers.stand_back()
             self.metrics.add("saved_blocks", saved)
             self._pump()
             store.make_room(keys.namespace, len(rows))

@@ -45,6 +45,7 @@ from kvengine.tiers import Held, Span, Tier
 
 EMPTY = np.empty(0, dtype=np.int32)
 UNKNOWN = -1
+ROOM_TABLES = 8
 
 
 @dataclass(slots=True)
@@ -274,14 +275,15 @@ class Store:
     def make_room(self, namespace: Namespace, count: int) -> None:
         """Evict ahead of need, so that the next `reserve` of so many blocks finds free slots.
 
-        Keeps at most a sixteenth of the arena free.
+        Frees several tables' worth at a time, at most a sixteenth of the arena.
         """
         nbytes = self._spaces[namespace.number].nbytes
         slot_bytes = self.arena.pages_of(nbytes) * PAGE_BYTES
         with self._lock:
-            count = min(count, self.arena.nbytes // slot_bytes // 16)
-            short = count - self.arena.available(nbytes)
-            if short > 0:
+            room = min(count * ROOM_TABLES, self.arena.nbytes // slot_bytes // 16)
+            free = self.arena.available(nbytes)
+            short = room - free
+            if free < min(count, room):
                 for victims in self._policy.victims(short * slot_bytes, self._clock()):
                     self._evict(victims)
 

@@ -9,6 +9,7 @@ fared.
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from kvengine.workers import Workers
 
 TASK_BYTES = 8 << 20, 16 << 20  # at least, so that a call streams past the caches, and at most
 JOBS_MAX = 1024
+STAND_BACK_S = 1e-4
 
 Bools = NDArray[np.bool_]
 
@@ -184,6 +186,14 @@ class Transfers:
     def submit(self, transfer: Transfer, work: Callable[[], None]) -> bool:
         """Queue other work of a transfer. False once closed."""
         return self._workers.submit(partial(self._guarded, transfer, work))
+
+    def stand_back(self) -> None:
+        """Let those who waited for a finished transfer run first, unless more copying is due.
+
+        What a worker does after it holds the interpreter's lock, and would hold them up.
+        """
+        if not self._jobs:
+            time.sleep(STAND_BACK_S)
 
     def detach(self) -> None:
         """After a fork, in the child: no thread works here, so what was under way has failed."""
