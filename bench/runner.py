@@ -206,7 +206,7 @@ def parser(names: Sequence[str]) -> argparse.ArgumentParser:
     found.add_argument("name", choices=names, help="which bench")
     found.add_argument("--json", type=Path, metavar="FILE", help="write the rows as a JSON list")
     found.add_argument("--csv", type=Path, metavar="FILE", help="write the rows as CSV")
-    found.add_argument("--rounds", type=rounds, default=15, help="rounds a case (default 15)")
+    found.add_argument("--rounds", type=rounds, default=45, help="rounds a case (default 45)")
     return found
 
 
