@@ -34,6 +34,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import xxhash
@@ -41,7 +42,7 @@ from numpy.typing import NDArray
 
 from kvengine.errors import FrameError
 from kvengine.keys import KEY_BYTES
-from kvengine.layout import LAYERS_MAX, Layout
+from kvengine.layout import LAYERS_MAX, PAYLOAD_BYTES_MAX, Layout
 
 MAGIC = b"KVEF"
 VERSION = 0
@@ -51,7 +52,6 @@ PAGE_BYTES = 4096
 FIXED_BYTES = 256
 SEGMENT_BYTES = 32
 DIGEST_BYTES = 16
-PAYLOAD_BYTES_MAX = 1 << 40
 
 _FIXED = struct.Struct("<4sHHIIQ32s32s32s16s4HIIHHI96s")
 assert _FIXED.size == FIXED_BYTES
@@ -162,10 +162,10 @@ def decode(data: bytes | memoryview) -> Header:
         raise FrameError(f"encoding {encoding}, digest kind {kind}, flags {flags}: not known here")
     tables = np.frombuffer(whole, "<u8", count * 4, FIXED_BYTES).reshape(2, count, 2)
     segments, digests = tables[0].copy(), tables[1].copy()
-    offsets = np.concatenate([[0], np.cumsum(segments[:, 1])])
-    if payload > PAYLOAD_BYTES_MAX or int(offsets[-1]) != payload:
-        raise FrameError(f"segments of {int(offsets[-1])} bytes in a payload of {payload}")
-    if not np.array_equal(offsets[:-1], segments[:, 0]):
+    sizes = segments[:, 1].tolist()  # Python's integers: no sum of them wraps around
+    if payload > PAYLOAD_BYTES_MAX or sum(sizes) != payload:
+        raise FrameError(f"segments of {sum(sizes)} bytes in a payload of {payload}")
+    if list(accumulate(sizes[:-1], initial=0)) != segments[:, 0].tolist():
         raise FrameError("segments do not tile the payload in order")
     part = (layer, layer_end, head, head_end)
     return Header(
@@ -257,7 +257,7 @@ class Template:
                 and data[148:start] == self._middle
                 and data[end:-DIGEST_BYTES] == self._padding
             )
-            tables.append(data[start:end])
+            tables.append(data[start:end].ljust(self._step, b"\0"))  # a header may be cut short
         digests = np.frombuffer(b"".join(tables), dtype="<u8").reshape(
             len(good), len(self.segments), 2
         )

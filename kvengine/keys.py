@@ -87,7 +87,10 @@ def chain(root: bytes, messages: Sequence[bytes | memoryview], parent: bytes = R
 
 def token_bytes(tokens: Tokens) -> memoryview:
     """Return tokens as u32 little-endian bytes. Raises BadKey for what is no list of token ids."""
-    array = np.asarray(tokens)
+    try:
+        array = np.asarray(tokens)
+    except ValueError as error:
+        raise BadKey(f"tokens are a one-dimensional sequence of integers: {error}") from error
     if array.size == 0:
         return memoryview(b"")
     if array.ndim != 1 or array.dtype.kind not in "iu":
@@ -133,10 +136,13 @@ class Namespace:
         keyed by the root, so tenants and models stay apart. `position` is the index of the first
         in its prompt, `parent` the hash before it, where known. Raises BadKey for shorter ones.
         """
-        for index, value in enumerate(hashes):
+        if not 0 <= position < 1 << 32:
+            raise BadKey(f"a block's position lies in 0..2**32-1, got {position}")
+        for index, value in enumerate(hashes if parent is None else [*hashes, parent]):
             if len(value) < KEY_BYTES:
+                name = f"hash {index}" if index < len(hashes) else "the parent's hash"
                 raise BadKey(
-                    f"hash {index} has {len(value)} bytes, expected at least {KEY_BYTES}: "
+                    f"{name} has {len(value)} bytes, expected at least {KEY_BYTES}: "
                     "configure the serving engine to hash blocks with sha256"
                 )
         root = self.root

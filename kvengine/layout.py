@@ -28,6 +28,9 @@ ITEM_BYTES = {
     "uint8": 1,
 }
 LAYERS_MAX = 4096
+# What the fields of a frame's header hold.
+FIELDS_MAX = {"layers": LAYERS_MAX, "kv_heads": 0xFFFF, "block_tokens": 0xFFFF_FFFF}
+PAYLOAD_BYTES_MAX = 1 << 40
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +68,14 @@ class Layout:
                 )
         if not isinstance(self.head_dim_v, int) or self.head_dim_v < 0:
             raise LayoutError(f"Layout.head_dim_v must be 0 or more, got {self.head_dim_v!r}")
-        if self.layers > LAYERS_MAX:
-            raise LayoutError(f"Layout.layers is at most {LAYERS_MAX}, got {self.layers}")
-        if self.dtype not in ITEM_BYTES:
+        for name, most in FIELDS_MAX.items():
+            if getattr(self, name) > most:
+                raise LayoutError(f"Layout.{name} is at most {most}, got {getattr(self, name)}")
+        if not isinstance(self.dtype, str) or self.dtype not in ITEM_BYTES:
             known = ", ".join(ITEM_BYTES)
             raise LayoutError(f"Layout.dtype {self.dtype!r} is not one of {known}")
+        if not isinstance(self.permutation, str):
+            raise LayoutError(f"Layout.permutation must be text, got {self.permutation!r}")
         if self.order not in ("NHD", "HND"):
             raise LayoutError(f"Layout.order must be 'NHD' or 'HND', got {self.order!r}")
         if self.attention != "full":
@@ -81,6 +87,11 @@ class Layout:
             raise LayoutError(
                 f"blocks of {self.layer_parts} x {self.head_parts} parts are not supported yet, "
                 "expected 1 x 1: open the engine in one process that sees all heads and layers"
+            )
+        if self.payload_bytes > PAYLOAD_BYTES_MAX:
+            raise LayoutError(
+                f"a block of {self.payload_bytes} bytes, at most {PAYLOAD_BYTES_MAX} fit in a "
+                "frame: use a smaller Layout.block_tokens, head_dim or head_dim_v"
             )
 
     @classmethod

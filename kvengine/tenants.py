@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
@@ -22,7 +23,7 @@ class Record(msgspec.Struct, forbid_unknown_fields=True):
     """What is kept of a tenant."""
 
     secret: str
-    epoch: int
+    epoch: Annotated[int, msgspec.Meta(ge=0)]
 
 
 class Tenants:
@@ -78,6 +79,7 @@ class Tenants:
         fresh = self._path.with_suffix(".new")
         handle = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, 0o600)  # a file that an interrupted write left keeps its own mode
             file.write(msgspec.json.format(msgspec.json.encode(self._records)))
             file.flush()
             os.fsync(file.fileno())
