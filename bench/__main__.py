@@ -26,8 +26,10 @@ def main(arguments: list[str]) -> int:
         if hasattr(module, "add_options"):
             module.add_options(parser)
     options = parser.parse_args(arguments)
-    rows: list[runner.Row] = importlib.import_module(f"bench.{options.name}").run(options)
-    runner.show(rows, Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS))
+    chosen = importlib.import_module(f"bench.{options.name}")
+    rows: list[runner.Row] = chosen.run(options)
+    show = getattr(chosen, "show", runner.show)
+    show(rows, Console(width=None if sys.stdout.isatty() else PIPED_COLUMNS))
     if options.json:
         runner.write_json(rows, options.json)
     if options.csv:

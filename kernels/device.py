@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from kvengine.kernels import copy
+from kvengine.kernels.build import Variant
 from kvengine.kernels.copy import Moves, Span
 
 TILE = 2048  # words of a program: 4 warps, 16 bytes a thread, four loads in flight for each
@@ -147,3 +148,42 @@ def _launch(moves: Moves, blocks: Span, segments: Span, device: str, gathers: bo
         ROWS=TILE // cols,
         COLS=cols,
     )
+
+
+def _variant(gathers: bool, what: str, cols: int, align: int) -> Variant:
+    word = 4 if align % 4 == 0 else 1
+    tables = {"components_ptr": "*i64", "offsets_ptr": "*i64", "frames_ptr": "*i64"}
+    counts = ("first_block", "first_component", "count_blocks", "count_units", "tiles")
+    return Variant(
+        f"{'gather' if gathers else 'scatter'} {what}",
+        copy_runs_kernel,
+        signature=tables | dict.fromkeys(counts, "i32"),
+        constants={
+            "GATHER": gathers,
+            "WORD": word,
+            "ALIGN": align,
+            "ROWS": TILE // cols,
+            "COLS": cols,
+        },
+        aligned=tuple(tables),
+        elements=TILE * word // 2,
+        load_bits=8 * align,
+        store_bits=8 * align,
+        registers_max=96,  # five programs of 4 warps on a multiprocessor
+    )
+
+
+# Of real models: runs of whole blocks, of a token's heads, of one head; then what narrower
+# addresses come to.
+VARIANTS = tuple(
+    _variant(gathers, what, cols, align)
+    for gathers in (True, False)
+    for what, cols, align in (
+        ("blocks", COLS_MAX, 16),
+        ("tokens", 512, 16),
+        ("heads", 64, 16),
+        ("blocks by 8 bytes", COLS_MAX, 8),
+        ("blocks by 4 bytes", COLS_MAX, 4),
+        ("blocks by 1 byte", COLS_MAX, 1),
+    )
+)

@@ -25,12 +25,12 @@ HEAVY = ("torch", "triton", "jax", "jaxlib", "numba", "llvmlite", "transformers"
 # A module imports only from rows above its own. Names are below `kvengine.`; "" is the package
 # itself, what `import kvengine` gives. A row may name modules that are still to come.
 LAYERS = (
-    ("errors", "compiled", "workers", "kernels.native"),
+    ("errors", "compiled", "workers", "kernels.native", "kernels.build"),
     ("metrics", "policy", "layout", "adapters.array", "kernels.launch", "kernels.memory"),
     ("policy.*", "keys", "arena", "kernels.digest"),
     ("kernels.copy", "kernels.quant", "kernels.lossless", "peer.ring"),
     ("config", "frame", "tenants", "kernels.device"),
-    ("codec", "cache", "index", "lease", "tiers", "peer.messages"),
+    ("codec", "cache", "index", "lease", "tiers", "peer.messages", "kernels.variants"),
     ("tiers.*", "transfer", "peer.node", "peer.wire", "peer.membership"),
     ("store", "peer.tier", "peer.client"),
     ("trace", "plan", "load"),

@@ -1,0 +1,615 @@
+"""Kernels alone: the copies and codecs of `kernels/`, against a copy of the same bytes.
+
+Shapes are those of real models. A case without a shape in its name is Llama-3.1-8B with blocks of
+16 tokens. A host core is measured against memcpy, a GPU against its own `copy_` (the copy roof),
+both in the same run; caches and frames are larger than the processor's caches, and the bytes of a
+round are not those of the round before. GB/s are of the bf16 bytes that the cache holds, whatever
+an encoding makes of them. Digests are computed and verified where the operation does so in the
+engine. The compile table needs no GPU: registers, spills, widest accesses and instructions of every
+variant and target.
+"""
+
+import argparse
+import importlib
+import mmap
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table as Shown
+
+from bench.runner import Row, Spread, interleave, share, spread
+from bench.runner import show as show_rows
+from kvengine.kernels import build, copy, digest, launch
+from kvengine.kernels.copy import Moves
+
+MIB = 1 << 20
+PARTS = ("cpu", "compile", "gpu")
+FRAME_ALIGN = 4096
+POISON = 0xA5
+BF16_BYTES = 2
+COPIED = 2 * BF16_BYTES  # bytes that a copy reads and writes for an element
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a block of a model holds: so many layers of K and V (or one latent), heads and dims."""
+
+    model: str
+    layers: int
+    heads: int
+    dims: tuple[int, ...]  # of K and V, or of the one latent
+    tokens: int
+    slots: bool = False  # tokens lie anywhere: a slot mapping, not a block table
+
+    @property
+    def label(self) -> str:
+        return f"{self.model}/{self.tokens}{' slots' if self.slots else ''}"
+
+    @property
+    def pieces(self) -> int:
+        """Contiguous pieces of a block: one a layer and component."""
+        return self.layers * len(self.dims)
+
+    @property
+    def piece_bytes(self) -> int:
+        return self.tokens * self.heads * self.dims[0] * BF16_BYTES
+
+    @property
+    def block_bytes(self) -> int:
+        return self.pieces * self.piece_bytes
+
+
+MODELS: tuple[tuple[str, int, int, tuple[int, ...]], ...] = (
+    ("Llama-3.1-8B", 32, 8, (128, 128)),
+    ("Qwen3-32B", 64, 8, (128, 128)),
+    ("DeepSeek-V3", 61, 1, (576,)),  # MLA: one latent of 512 and a rotary key of 64
+)
+SHAPES = (
+    *(Shape(*model, tokens) for model in MODELS for tokens in (16, 64, 256)),
+    Shape(*MODELS[0], 16, slots=True),
+    Shape(*MODELS[2], 64, slots=True),
+)
+HEADLINE = SHAPES[0]
+
+
+class Place(Protocol):
+    """Memory and the operations on it, of a host core or of a GPU; slabs are arrays of bytes."""
+
+    name: str
+    roof: str  # the copy that bounds all others
+    table_bytes: int  # moved in a round
+    slab_bytes: int
+
+    def slab(self, nbytes: int) -> Any: ...
+    def fill(self, slab: Any, words: npt.NDArray[np.uint16]) -> None: ...
+    def address(self, slab: Any) -> int: ...
+    def copy(self, target: Any, source: Any) -> None: ...
+    def gather(self, moves: Moves, digests: npt.NDArray[np.uint64]) -> None: ...
+    def scatter(self, moves: Moves, digests: npt.NDArray[np.uint64]) -> bool: ...
+    def timed(self, function: Callable[[], object]) -> float: ...
+    def equal(self, one: Any, other: Any) -> bool: ...
+    def host(self, array: Any) -> npt.NDArray[np.uint8]: ...
+
+
+class Host:
+    """One core, by the fastest path that this installation has."""
+
+    name, roof = "cpu", "memcpy"
+
+    def __init__(self, table_bytes: int = 32 * MIB, slab_bytes: int = 256 * MIB) -> None:
+        self.table_bytes, self.slab_bytes = table_bytes, slab_bytes
+
+    def slab(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        memory = mmap.mmap(-1, nbytes)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        slab = np.frombuffer(memory, np.uint8)
+        slab[:] = POISON
+        return slab
+
+    def fill(self, slab: npt.NDArray[np.uint8], words: npt.NDArray[np.uint16]) -> None:
+        for at in range(0, len(slab), words.nbytes):
+            part = slab[at : at + words.nbytes]
+            part[:] = words.view(np.uint8)[: len(part)]
+
+    def address(self, slab: npt.NDArray[np.uint8]) -> int:
+        return slab.ctypes.data
+
+    def copy(self, target: npt.NDArray[np.uint8], source: npt.NDArray[np.uint8]) -> None:
+        np.copyto(target, source)
+
+    def gather(self, moves: Moves, digests: npt.NDArray[np.uint64]) -> None:
+        copy.gather(moves, *everything(moves), digests)
+
+    def scatter(self, moves: Moves, digests: npt.NDArray[np.uint64]) -> bool:
+        verdicts = np.zeros(digests.shape[:2], np.uint8)
+        copy.scatter(moves, *everything(moves), digests, verdicts)
+        return bool((verdicts == copy.GOOD).all())
+
+    def timed(self, function: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        function()
+        return time.perf_counter() - start
+
+    def equal(self, one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> bool:
+        return np.array_equal(one, other)
+
+    def host(self, array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        return array
+
+
+class Device:
+    """One GPU, by torch's name of it. Launching, and the upload of the tables, count as well."""
+
+    name, roof = "gpu", "copy"
+
+    def __init__(
+        self, device: str = "cuda", table_bytes: int = 1024 * MIB, slab_bytes: int = 4096 * MIB
+    ) -> None:
+        self.torch = importlib.import_module("torch")
+        self.kernels = importlib.import_module("kvengine.kernels.device")
+        self.device = device
+        self.table_bytes, self.slab_bytes = table_bytes, slab_bytes
+
+    def slab(self, nbytes: int) -> Any:
+        return self.torch.full((nbytes,), POISON, dtype=self.torch.uint8, device=self.device)
+
+    def fill(self, slab: Any, words: npt.NDArray[np.uint16]) -> None:
+        given = self.torch.from_numpy(words.view(np.uint8)).to(self.device)
+        for at in range(0, len(slab), len(given)):
+            part = slab[at : at + len(given)]
+            part.copy_(given[: len(part)])
+
+    def address(self, slab: Any) -> int:
+        return int(slab.data_ptr())
+
+    def copy(self, target: Any, source: Any) -> None:
+        target.copy_(source)
+
+    def gather(self, moves: Moves, digests: npt.NDArray[np.uint64]) -> None:
+        self.kernels.gather(moves, *everything(moves), self.device)
+
+    def scatter(self, moves: Moves, digests: npt.NDArray[np.uint64]) -> bool:
+        self.kernels.scatter(moves, *everything(moves), self.device)
+        return True  # the caller compares the bytes
+
+    def timed(self, function: Callable[[], object]) -> float:
+        if self.device == "cpu":  # the interpreter
+            start = time.perf_counter()
+            function()
+            return time.perf_counter() - start
+        start, end = (self.torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    def equal(self, one: Any, other: Any) -> bool:
+        return bool(self.torch.equal(one, other))
+
+    def host(self, array: Any) -> npt.NDArray[np.uint8]:
+        return np.asarray(array.cpu())
+
+
+def everything(moves: Moves) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (0, len(moves.frames)), (0, len(moves.segments))
+
+
+class Bytes:
+    """The slabs of a place, made once for all shapes."""
+
+    def __init__(self, place: Place, random: np.random.Generator) -> None:
+        self.place = place
+        self.cache, self.frames, self.spare = (place.slab(place.slab_bytes) for _ in range(3))
+        place.fill(self.cache, like_keys(random))
+
+
+class Mover:
+    """A paged cache of one shape: the first half of its blocks is saved, the second half loaded.
+
+    The cache is a slab [pieces, blocks, piece_bytes], piece by piece as a serving engine's tensors
+    lie; frames stand in another, page-aligned.
+    """
+
+    def __init__(self, shape: Shape, slabs: Bytes, random: np.random.Generator) -> None:
+        self.shape, self.slabs, self.random = shape, slabs, random
+        self.place = slabs.place
+        self.count = max(1, self.place.table_bytes // shape.block_bytes)
+        self.nbytes = self.count * shape.block_bytes
+        self.blocks = self.place.slab_bytes // shape.block_bytes
+        assert self.blocks >= 2 * self.count  # one half for each direction
+        self.unit = shape.tokens if shape.slots else 1  # units of a block
+        self.unit_bytes = shape.piece_bytes // self.unit
+        self.frame_bytes = -(-shape.block_bytes // FRAME_ALIGN) * FRAME_ALIGN
+        self.tables = self.place.slab_bytes // (self.count * self.frame_bytes)
+        assert self.tables >= 2  # a gather leaves the frames of the one before
+        self.turn = self.copied = self.turn_loaded = 0
+        self.digests = np.zeros((self.count, shape.layers, 2), np.uint64)
+        self.good = True
+        self.saved = self.draw(0)
+        self.loaded = self.draw(1)
+        self.components, self.segments = self.describe()
+
+    def describe(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        shape, each = self.shape, len(self.shape.dims)
+        base = self.place.address(self.slabs.cache)
+        components = np.zeros((shape.pieces, copy.COLUMNS), np.int64)
+        components[:, copy.BASE] = base + np.arange(shape.pieces) * self.blocks * shape.piece_bytes
+        components[:, [copy.OUTER, copy.INNER]] = 1
+        components[:, copy.RUN] = components[:, copy.UNIT_FRAME] = self.unit_bytes
+        components[:, copy.FRAME] = np.arange(shape.pieces) * shape.piece_bytes
+        layer = np.arange(shape.layers)
+        nbytes = each * shape.piece_bytes
+        columns = (layer * each, layer * 0 + each, layer * nbytes, layer * 0 + nbytes)
+        return components, np.stack(columns, axis=1)
+
+    def draw(self, half: int) -> npt.NDArray[np.int64]:
+        """Choose the units of a table, int64[count, unit], in one half of the cache."""
+        units = self.blocks // 2 * self.unit
+        chosen = self.random.permutation(units)[: self.count * self.unit]
+        return (half * units + chosen).reshape(self.count, self.unit)
+
+    def moves(self, units: npt.NDArray[np.int64]) -> Moves:
+        starts = np.arange(self.count) * self.frame_bytes + self.at(self.turn)
+        offsets = (units * self.unit_bytes)[None]
+        frames = starts + self.place.address(self.slabs.frames)
+        return Moves(self.components, offsets, self.segments, frames)
+
+    def at(self, turn: int) -> int:
+        """Where the frames of a turn begin in their slab."""
+        return turn % self.tables * self.count * self.frame_bytes
+
+    def stretch(self) -> int:
+        """Where the next stretch of a table's bytes begins in a slab, from one end to the other."""
+        self.copied += 1
+        return self.copied % (self.place.slab_bytes // self.nbytes) * self.nbytes
+
+    def copy(self) -> float:
+        """Copy as many bytes."""
+        start = self.stretch()
+        target = self.slabs.spare[start : start + self.nbytes]
+        source = self.slabs.cache[start : start + self.nbytes]
+        return self.place.timed(lambda: self.place.copy(target, source))
+
+    def gather(self) -> float:
+        self.turn += 1
+        self.saved = self.draw(0)
+        moves = self.moves(self.saved)
+        return self.place.timed(lambda: self.place.gather(moves, self.digests))
+
+    def scatter(self) -> float:
+        """Give what was last gathered to other blocks."""
+        if not self.turn:
+            self.gather()
+        self.loaded, self.turn_loaded = self.draw(1), self.turn
+        moves = self.moves(self.loaded)
+        good: list[bool] = []
+        took = self.place.timed(lambda: good.append(self.place.scatter(moves, self.digests)))
+        self.good &= good == [True]
+        return took
+
+    def gathered(self) -> bool:
+        """Compare the frames of the last gather with the cache, and their digests."""
+        self.good &= self.place.equal(self.in_frames(self.turn), self.in_cache(self.saved))
+        if self.place.name == "cpu":
+            moves = self.moves(self.saved)
+            digests = np.zeros_like(self.digests)
+            copy.gather_reference(moves, *everything(moves), digests)
+            self.good &= np.array_equal(digests, self.digests)
+        return self.good
+
+    def scattered(self) -> bool:
+        """Compare the blocks of the last scatter with its frames."""
+        frames = self.in_frames(self.turn_loaded)
+        return self.good and self.place.equal(frames, self.in_cache(self.loaded))
+
+    def in_frames(self, turn: int) -> Any:
+        """Give the bytes of the frames of a turn, [pieces, count, piece_bytes]."""
+        start = self.at(turn)
+        end = start + self.count * self.frame_bytes
+        frames = self.slabs.frames[start:end].reshape(self.count, self.frame_bytes)
+        whole = frames[:, : self.shape.block_bytes]
+        return whole.reshape(self.count, self.shape.pieces, -1).swapaxes(0, 1)
+
+    def in_cache(self, units: npt.NDArray[np.int64]) -> Any:
+        """Give the bytes of these units of the cache, [pieces, count, piece_bytes]."""
+        pieces = self.shape.pieces
+        used = pieces * self.blocks * self.shape.piece_bytes
+        cache = self.slabs.cache[:used].reshape(pieces, -1, self.unit_bytes)
+        return cache[:, units.reshape(-1)].reshape(pieces, self.count, -1)
+
+
+def like_keys(random: np.random.Generator) -> npt.NDArray[np.uint16]:
+    """Make bf16 words as K has them: Gaussian, with a scale of its own for each of 128 channels."""
+    values = random.standard_normal((1 << 16, 128), np.float32)
+    values *= np.exp(random.normal(0, 0.7, 128)).astype(np.float32)
+    return (values.view(np.uint32) >> 16).astype(np.uint16).reshape(-1)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A measured operation in the plot."""
+
+    place: str
+    case: str
+    moved: float  # bytes of memory read and written for a bf16 element
+    speed: float  # elements a second
+    roof: float  # bytes read and written a second by the bare copy
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One thing that is measured on the bytes of a mover, against a copy of as many.
+
+    turn: does it once, on bytes that the turn before did not touch, and gives its seconds.
+    matches: compares what the last turn left with a reference. moved: bytes of memory read and
+    written for a bf16 element.
+    """
+
+    name: str
+    turn: Callable[[], float]
+    matches: Callable[[], bool]
+    moved: float
+
+
+def raw(mover: Mover) -> Iterable[Operation]:
+    yield Operation("gather raw", mover.gather, mover.gathered, COPIED)
+    yield Operation("scatter raw", mover.scatter, mover.scattered, COPIED)
+
+
+def checksum(mover: Mover) -> Iterable[Operation]:
+    """Digest segments where they lie, without moving them: what verifies a block that is held."""
+    if mover.place.name != "cpu":
+        return
+    nbytes = np.full(mover.count * mover.shape.layers, mover.nbytes, np.int64)
+    nbytes //= len(nbytes)
+    found = np.zeros((len(nbytes), 2), np.uint64)
+    addresses = np.zeros_like(nbytes)
+    base = mover.place.address(mover.slabs.cache)
+
+    def turn() -> float:
+        addresses[:] = base + mover.stretch() + np.arange(len(nbytes)) * nbytes
+        return mover.place.timed(lambda: digest.digest_spans(addresses, nbytes, found))
+
+    def matches() -> bool:
+        pairs = zip(addresses.tolist(), nbytes.tolist(), strict=True)
+        return [digest.digest(*pair) for pair in pairs] == [tuple(each) for each in found.tolist()]
+
+    yield Operation("digest xxh3", turn, matches, BF16_BYTES)
+
+
+# What is measured on a mover's bytes; an encoding gives nothing where its place or shape does not
+# fit.
+ENCODINGS: tuple[Callable[[Mover], Iterable[Operation]], ...] = (raw, checksum)
+
+
+def measured(
+    place: Place, shapes: Iterable[Shape], rounds: int
+) -> Iterator[tuple[list[Row], list[Point]]]:
+    """Measure every operation of a place, shape by shape."""
+    random = np.random.default_rng(4)
+    slabs = Bytes(place, random)
+    for shape in shapes:
+        mover = Mover(shape, slabs, random)
+        operations = [each for encoding in ENCODINGS for each in encoding(mover)]
+        turns = {"copy": mover.copy} | {each.name: each.turn for each in operations}
+        took = interleave(turns, rounds, warmup=mover.tables + 2)
+        elements = mover.nbytes / BF16_BYTES
+        roof = elements / spread(took["copy"]).p50
+        rows, points = [], []
+        for each in operations:
+            suffix = "" if shape == HEADLINE else f" {shape.label}"
+            case, ours = f"{place.name} {each.name}{suffix}", took[each.name]
+            rows += speeds(case, place.roof, mover.nbytes, took["copy"], ours, each.matches())
+            speed = elements / spread(ours).p50
+            points.append(Point(place.name, case, each.moved, speed, roof * COPIED))
+        yield rows, points
+
+
+def speeds(
+    case: str,
+    roof: str,
+    nbytes: int,
+    bound: Sequence[float],
+    ours: Sequence[float],
+    matches: bool,
+) -> list[Row]:
+    found = share(bound, ours)
+    speed = spread([nbytes / seconds / 1e9 for seconds in ours])
+    top = nbytes / spread(bound).p50 / 1e9
+    return [
+        row(case, f"share_of_{roof}", "ratio", found, 1.0, matches),
+        row(case, "speed", "GB/s", speed, top, matches),
+    ]
+
+
+def compiled() -> list[Row]:
+    """Compile every variant for every target: totals of each target, then each variant."""
+    variants = importlib.import_module("kvengine.kernels.variants").VARIANTS
+    totals, rows = [], []
+    for target in build.TARGETS:
+        made = [(each, build.compile(each, target)) for each in variants if target in each.targets]
+        narrow = [
+            built.name
+            for each, built in made
+            if built.load_bits < each.load_bits or built.store_bits < each.store_bits
+        ]
+        case = f"compile {target}"
+        totals += [
+            only(case, "spills", "count", sum(built.spills for _, built in made)),
+            only(case, "local_bytes", "bytes", sum(built.local_bytes for _, built in made)),
+            only(case, "narrow", "variants", len(narrow)),
+            only(case, "registers", "most", max(built.registers for _, built in made)),
+            only(case, "count", "variants", len(made)),
+        ]
+        for each, built in made:
+            name = f"{case} {each.name}"
+            rows += [
+                only(name, "registers", "count", built.registers),
+                only(name, "spills", "count", built.spills),
+                only(name, "local_bytes", "bytes", built.local_bytes),
+                only(name, "load_bits", "bits", built.load_bits),
+                only(name, "store_bits", "bits", built.store_bits),
+                only(name, "instructions", "count", built.instructions),
+            ]
+            per = build.instructions_per_element(each, built)
+            if per is not None:
+                rows.append(only(name, "instructions_per_element", "count", per))
+    return totals + rows
+
+
+def only(case: str, metric: str, unit: str, value: float) -> Row:
+    return Row(bench="kernels", case=case, metric=metric, unit=unit, value=float(value))
+
+
+def row(
+    case: str, metric: str, unit: str, found: Spread, bound: float, matches: bool | None
+) -> Row:
+    return Row(
+        bench="kernels",
+        case=case,
+        metric=metric,
+        unit=unit,
+        value=found.p50,
+        bound=bound,
+        ratio=found.p50 / bound,
+        p20=found.p20,
+        p80=found.p80,
+        n=found.n,
+        matches_reference=matches,
+    )
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--parts", type=parts, default=PARTS, help=f"some of {','.join(PARTS)} (default all)"
+    )
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the measured speeds")
+
+
+def parts(text: str) -> tuple[str, ...]:
+    chosen = tuple(text.split(","))
+    if not set(chosen) <= set(PARTS):
+        raise argparse.ArgumentTypeError(f"given {text!r}, expected some of {','.join(PARTS)}")
+    return chosen
+
+
+def run(options: argparse.Namespace) -> list[Row]:
+    """Measure what this machine has: one core, the compiler, and a GPU where there is one."""
+    if options.svg and not launch.available("matplotlib"):
+        sys.exit("--svg needs matplotlib: pip install 'kvengine[bench]'")
+    rows: list[Row] = []
+    points: list[Point] = []
+    places: list[Place] = []
+    if "cpu" in options.parts:
+        places.append(Host())
+    if "gpu" in options.parts and gpu():
+        places.append(Device())
+    for place in places:
+        for found, drawn in measured(place, SHAPES, options.rounds):
+            rows += found
+            points += drawn
+    if "compile" in options.parts:
+        if launch.available("triton") and launch.available("torch"):
+            rows += compiled()
+        else:
+            print("no compile table: it needs triton and torch", file=sys.stderr)
+    if options.svg:
+        draw(points, options.svg)
+    return rows
+
+
+def gpu() -> bool:
+    if not (launch.available("triton") and launch.available("torch")):
+        return False
+    return bool(importlib.import_module("torch").cuda.is_available())
+
+
+def show(rows: Sequence[Row], console: Console) -> None:
+    """Print what was measured as every bench does, and the compile table a line a variant."""
+    show_rows([each for each in rows if not each.case.startswith("compile ")], console)
+    cells: dict[tuple[str, str], dict[str, float]] = {}
+    for each in rows:
+        if each.case.startswith("compile "):
+            _, target, *name = each.case.split(" ", 2)
+            cells.setdefault((name[0] if name else "all", target), {})[each.metric] = each.value
+    if not cells:
+        return
+    table = Shown(
+        title="registers · spills · widest load/store in bits · instructions an element",
+        title_justify="left",
+    )
+    table.add_column("variant")
+    for target in build.TARGETS:
+        table.add_column(target, justify="right")
+    for variant in dict.fromkeys(name for name, _ in cells):
+        found = [cells.get((variant, target)) for target in build.TARGETS]
+        table.add_row(variant, *(cell(each) for each in found))
+    console.print(table)
+
+
+def cell(found: Mapping[str, float] | None) -> str:
+    if found is None:
+        return "refused"
+    head = f"{found['registers']:.0f} · {found['spills']:.0f}"
+    if "load_bits" not in found:
+        return f"{head} · {found['narrow']:.0f} narrow"
+    per = found.get("instructions_per_element")
+    tail = "loop" if per is None else f"{per:.1f}"
+    return f"{head} · {found['load_bits']:.0f}/{found['store_bits']:.0f} · {tail}"
+
+
+def draw(points: Sequence[Point], path: Path) -> None:
+    """Draw a roofline for each place: elements a second over elements a byte moved.
+
+    The line is what the bare copy of the same run allows; a point is an operation.
+    """
+    matplotlib = importlib.import_module("matplotlib")
+    matplotlib.use("svg")
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    places = list(dict.fromkeys(point.place for point in points)) or ["nothing measured"]
+    figure, panels = pyplot.subplots(
+        1, len(places), figsize=(8 * len(places), 6), squeeze=False, layout="constrained"
+    )
+    for place, panel in zip(places, panels[0], strict=True):
+        mine = [point for point in points if point.place == place]
+        panel.set(
+            title=f"{place}: bf16 elements a second",
+            xlabel="elements a byte of memory read or written",
+            ylabel="G elements/s",
+            xscale="log",
+            yscale="log",
+        )
+        if not mine:
+            continue
+        top = spread([point.roof for point in mine]).p50
+        low, high = (edge(1 / point.moved for point in mine) for edge in (min, max))
+        line = np.array([low / 2, high * 2])
+        panel.plot(line, line * top / 1e9, color="black", label=f"copy roof {top / 1e9:.1f} GB/s")
+        for kind in dict.fromkeys(kind_of(point) for point in mine):
+            chosen = [point for point in mine if kind_of(point) == kind]
+            panel.scatter(
+                [1 / point.moved for point in chosen],
+                [point.speed / 1e9 for point in chosen],
+                label=kind,
+                alpha=0.7,
+            )
+        ticks = sorted({point.moved for point in mine})
+        panel.set_xticks([1 / moved for moved in ticks], [f"1/{moved:.3g}" for moved in ticks])
+        panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
+        panel.grid(True, which="both", alpha=0.3)
+        panel.legend()
+    figure.savefig(path, format="svg", metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def kind_of(point: Point) -> str:
+    """The operation and encoding of a point, without its shape."""
+    return " ".join(point.case.split(" ")[1:3])
