@@ -319,11 +319,12 @@ class DiskTier:
         )
         page = mmap.mmap(-1, PAGE_BYTES)
         page[: len(fixed)] = fixed
-        page[PAGE_BYTES - 16 :] = self._tie(fixed)
+        page[PAGE_BYTES - 16 :] = self._tie(page[: PAGE_BYTES - 16])
         return page
 
-    def _tie(self, fixed: bytes) -> bytes:
-        return xxhash.xxh3_128_digest(self._uuid + fixed)
+    def _tie(self, lead: bytes) -> bytes:
+        """Digest a slot header's page, padding included, as one of this directory."""
+        return xxhash.xxh3_128_digest(self._uuid + lead)
 
     def _check(self, page: bytes, segment: Segment, slot: int, key: bytes) -> None:
         found = self._slot(page, segment, slot)
@@ -331,10 +332,9 @@ class DiskTier:
             raise FrameError("a slot header that does not belong here")
 
     def _slot(self, page: bytes, segment: Segment, slot: int) -> Held | None:
-        fixed = page[: _SLOT.size]
-        if len(page) < PAGE_BYTES or self._tie(fixed) != page[PAGE_BYTES - 16 : PAGE_BYTES]:
+        if len(page) < PAGE_BYTES or self._tie(page[:-16]) != page[-16:]:
             return None
-        magic, version, number, place, nbytes, _, key, identity, _ = _SLOT.unpack(fixed)
+        magic, version, number, place, nbytes, _, key, identity, _ = _SLOT.unpack_from(page)
         if (magic, version, number, place) != (_SLOT_MAGIC, VERSION, segment.number, slot):
             return None
         if nbytes > segment.stride - PAGE_BYTES:
