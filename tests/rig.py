@@ -1,4 +1,4 @@
-"""Caches for tests of the engine: filled, poisoned, compared by token, independent of kvengine.cache.
+"""Caches for tests of the engine, independent of kvengine.cache: filled, poisoned, compared.
 
 Imported by tests, and by the programs that tests run as processes of their own.
 """

@@ -1,12 +1,12 @@
-"""kvengine.cache, by the engine's verbs: which arrays and tables fit, and what the others are told."""
+"""kvengine.cache, by the engine's verbs: which arrays and tables fit, what the others are told."""
 
 from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-import rig
 
 import kvengine
+import rig
 from kvengine import Engine, Layout, LayoutError
 
 BLOCKS = 5

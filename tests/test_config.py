@@ -243,7 +243,8 @@ def test_secret_is_never_shown(tmp_path):
     shown = config.shown()
     assert shown["secret"] == "hidden"
     assert shown["disk.path"] == "/kv"
-    for text in (repr(config), str(config), str(shown), f"{config.secret}", "%s" % config.secret):  # noqa: UP031
+    secret = config.secret
+    for text in (repr(config), str(config), str(shown), f"{secret}", "%s" % secret):  # noqa: UP031
         assert "hidden" in text
         assert HEX[:8] not in text
         assert "\\x11" not in text

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-import rig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvengine
+import rig
 from kvengine import Engine, Layout, LayoutError
 from kvengine.frame import frame_bytes
 

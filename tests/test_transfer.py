@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import rig
 
 import kvengine
+import rig
 from kvengine import Engine, Transfer
 from kvengine.codec import Raw
 from kvengine.transfer import JOBS_MAX

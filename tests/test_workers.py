@@ -3,8 +3,8 @@
 import threading
 
 import pytest
-import rig
 
+import rig
 from kvengine.workers import Workers
 
 
@@ -61,8 +61,8 @@ def test_what_was_accepted_while_closing_runs():
         start = threading.Barrier(3)
 
         def submits() -> None:
-            start.wait()
-            while workers.submit(lambda: ran.append(1)):  # noqa: B023  # joined below
+            start.wait()  # noqa: B023  # joined below
+            while workers.submit(lambda: ran.append(1)):  # noqa: B023
                 accepted.append(1)  # noqa: B023
 
         threads = [threading.Thread(target=submits) for _ in range(2)]
