@@ -13,9 +13,9 @@ PIPED_COLUMNS = 160
 
 
 def names() -> list[str]:
-    """Name the benches: the modules of this folder, but for the runner."""
+    """Name the benches: the modules of this folder, but for what they share."""
     found = (module.name for module in pkgutil.iter_modules(bench.__path__))
-    return sorted(name for name in found if name not in ("runner", "__main__"))
+    return sorted(name for name in found if name not in ("runner", "tiers", "__main__"))
 
 
 def main(arguments: list[str]) -> int:

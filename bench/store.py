@@ -18,6 +18,7 @@ import numpy as np
 from blake3 import blake3
 
 import kvengine
+from bench import tiers
 from bench.runner import Row, Spread, interleave, share, spread, times
 from kvengine.arena import Arena
 from kvengine.engine import Engine
@@ -34,8 +35,20 @@ RESIDENT = 1_000_000
 TABLES = 16
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--tier` to the command line."""
+    parser.add_argument(
+        "--tier",
+        type=tiers.chosen,
+        metavar="NAMES",
+        help=f"measure these tiers instead of memory, as in {','.join(tiers.NAMES)}",
+    )
+
+
 def run(options: argparse.Namespace) -> list[Row]:
-    """Measure transfers, control and keys."""
+    """Measure transfers, control and keys; or the tiers that are named."""
+    if options.tier:
+        return tiers.run(options)
     return [*transfers(options.rounds), *control(options.rounds), *keys(options.rounds)]
 
 

@@ -134,7 +134,7 @@ class Store:
         with self._lock:
             number = len(self._tiers)
             self._tiers.append(tier)
-            return sum(self._adopt(number, held) for held in _batches(tier.scan()))
+            return sum(self._adopt(number, held) for held in tier.scan())
 
     def dropped(self, keys: Sequence[bytes]) -> None:
         """Note that the first tier below has given keys up by itself."""
@@ -443,14 +443,15 @@ class Store:
             self._spaces.append(Space(digest, nbytes, None))
         return number
 
-    def _adopt(self, tier: int, held: Sequence[Held]) -> int:
-        ids, fresh = self._index.claim(_words([h.key for h in held]))
-        numbers = [self._number(h.identity, h.frame_bytes) for h in held]
+    def _adopt(self, tier: int, held: Held) -> int:
+        keys = np.ascontiguousarray(held.keys)
+        ids, fresh = self._index.claim(keys.view("<u8").reshape(-1, KEY_BYTES // 8))
+        number = self._number(held.identity, held.frame_bytes)
         rows = self._index.rows
         rows[ids[fresh], SLOT] = NO_SLOT
         rows[ids[fresh], LEASES] = 0
         rows[ids[fresh], STATE] = COMMITTED
-        rows[ids[fresh], NAMESPACE] = np.array(numbers, dtype=np.int32)[fresh]
+        rows[ids[fresh], NAMESPACE] = number
         self._index.add_tier(ids, tier)
         return int(fresh.sum())
 
@@ -667,14 +668,3 @@ def _consecutive(indices: NDArray[np.intp]) -> Iterator[tuple[int, int]]:
         return
     cuts = [0, *(np.flatnonzero(np.diff(indices) != 1) + 1).tolist(), count]
     yield from zip(cuts[:-1], cuts[1:], strict=True)
-
-
-def _batches(found: Iterator[Held], size: int = 4096) -> Iterator[list[Held]]:
-    batch: list[Held] = []
-    for held in found:
-        batch.append(held)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

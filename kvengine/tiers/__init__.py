@@ -6,6 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
+from kvengine import frame
+from kvengine.errors import FrameError
+
 # How long a table of reads or writes may wait for its turn, where the caller has no deadline.
 DEADLINE_S = 60.0
 
@@ -27,18 +33,35 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """One frame that a tier holds, as found when it was opened."""
+    """A table of frames that a tier holds, found when it was opened: one namespace, one size.
 
-    key: bytes
+    keys: uint8[n, 32].
+    """
+
+    keys: NDArray[np.uint8]
     identity: bytes
     frame_bytes: int
+
+
+def verify(span: Span) -> None:
+    """Verify what was read for a span, header and payload. Raises FrameError.
+
+    Each tier calls this in the thread that has read the bytes, before it reports them good.
+    """
+    header = frame.decode(span.frame[: span.nbytes])
+    if header.key != span.key or header.nbytes != span.nbytes:
+        raise FrameError("a frame of another block, or of another size")
+    start = span.nbytes - header.payload_bytes
+    if bad := frame.verify_payload(header, span.frame[start : span.nbytes]):
+        raise FrameError(f"the bytes of segments {bad} have changed")
 
 
 class Tier(Protocol):
     """Keep frames where memory does not reach.
 
-    A failure is a report of False, never an exception: the tier counts it. Payload digests are
-    verified where frames are loaded, headers where they are read.
+    A failure is a report of False, never an exception: the tier counts it. A read is reported True
+    only where the whole frame has been verified (`verify`); it is verified again where it is loaded
+    from memory.
     """
 
     @property
@@ -52,7 +75,7 @@ class Tier(Protocol):
         ...
 
     def scan(self) -> Iterator[Held]:
-        """Yield what was found when the tier was opened."""
+        """Yield what was found when the tier was opened, in tables."""
         ...
 
     def read(self, spans: Sequence[Span], deadline: float, report: Report) -> None:

@@ -24,14 +24,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
+import numpy as np
 import xxhash
 
 from kvengine import frame
 from kvengine.errors import ConfigError, DirectoryInUse, FrameError
 from kvengine.metrics import Metrics
-from kvengine.tiers import Dropped, Held, Report, Span
+from kvengine.tiers import Dropped, Held, Report, Span, verify
 from kvengine.workers import Workers
 
 PAGE_BYTES = 4096
@@ -58,6 +59,14 @@ class Segment:
     readers: int = 0
     gone: bool = False
     keys: dict[bytes, int] = field(default_factory=dict)
+
+
+class Found(NamedTuple):
+    """What a slot header says of its frame."""
+
+    key: bytes
+    identity: bytes
+    frame_bytes: int
 
 
 # What a write calls when it is over: the index of the span, and the segment that holds it or None.
@@ -94,7 +103,7 @@ class DiskTier:
         self._segments: dict[int, Segment] = {}
         self._open: dict[int, Segment] = {}
         self._where: dict[bytes, Segment] = {}
-        self._held: list[Held] = []
+        self._held: list[Found] = []
         self._nbytes = 0
         self._allocated = 0
         self._next = 1
@@ -128,8 +137,13 @@ class DiskTier:
 
     def scan(self) -> Iterator[Held]:
         """Yield the frames found at opening, once."""
-        held, self._held = self._held, []
-        yield from held
+        groups: dict[tuple[bytes, int], list[bytes]] = {}
+        for key, identity, frame_bytes in self._held:
+            groups.setdefault((identity, frame_bytes), []).append(key)
+        self._held = []
+        for (identity, frame_bytes), keys in groups.items():
+            table = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1)
+            yield Held(table, identity, frame_bytes)
 
     def read(self, spans: Sequence[Span], deadline: float, report: Report) -> None:
         """Queue reads, one piece of work a frame; each is reported when its bytes are there."""
@@ -220,9 +234,7 @@ class DiskTier:
             self._check(head[:], segment, slot, span.key)
             if got < PAGE_BYTES + span.nbytes:
                 raise FrameError(f"read {got} bytes of {PAGE_BYTES + span.nbytes}")
-            header = frame.decode(span.frame[: span.nbytes])
-            if header.key != span.key or header.nbytes != span.nbytes:
-                raise FrameError("a frame of another block, or of another size")
+            verify(span)
             return True
         except FrameError:
             self._metrics.add("corrupt_blocks", 1, tier=self.name)
@@ -331,7 +343,7 @@ class DiskTier:
         if found is None or found.key != key:
             raise FrameError("a slot header that does not belong here")
 
-    def _slot(self, page: bytes, segment: Segment, slot: int) -> Held | None:
+    def _slot(self, page: bytes, segment: Segment, slot: int) -> Found | None:
         if len(page) < PAGE_BYTES or self._tie(page[:-16]) != page[-16:]:
             return None
         magic, version, number, place, nbytes, _, key, identity, _ = _SLOT.unpack_from(page)
@@ -339,7 +351,7 @@ class DiskTier:
             return None
         if nbytes > segment.stride - PAGE_BYTES:
             return None
-        return Held(key, identity, nbytes)
+        return Found(key, identity, nbytes)
 
     def _room(self, stride: int) -> Segment | None:
         """Return a segment with a free slot, or None where the disk gives none."""
@@ -428,7 +440,7 @@ class DiskTier:
 
     def _recover(self) -> None:
         """Open the segments and read their slot headers. Damaged slots are left out."""
-        held: dict[bytes, Held] = {}
+        held: dict[bytes, Found] = {}
         for path in sorted((self._path / "segments").glob("*.seg")):
             segment = self._open_segment(path)
             if segment is None:

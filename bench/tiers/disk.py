@@ -1,0 +1,271 @@
+"""The disk tier against the bare device: O_DIRECT, the same bytes, the same number of threads."""
+
+import argparse
+import mmap
+import os
+import random
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from bench.runner import Row, Spread, interleave, share, spread
+from kvengine import frame
+from kvengine.layout import Layout
+from kvengine.metrics import Metrics
+from kvengine.tiers import Span
+from kvengine.tiers.disk import DiskTier
+
+MIB = 1 << 20
+PAGE = 4096
+THREADS = 2
+TABLE = 16
+TABLES = 6  # a round writes or reads so many tables
+READS_MIN = 2000
+DEADLINE_S = 600.0
+LAYOUT = Layout(
+    layers=32, kv_heads=8, head_dim=128, head_dim_v=128, dtype="float16", block_tokens=16
+)
+
+
+def run(options: argparse.Namespace) -> list[Row]:
+    """Measure transfers."""
+    with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
+        return transfers(Path(folder), options.rounds)
+
+
+class Frames:
+    """So many frames of 2 MiB of random bytes, in page-aligned memory, and as many blank ones."""
+
+    def __init__(self, count: int) -> None:
+        self.frame_bytes = frame.frame_bytes(LAYOUT)
+        self.room = -(-self.frame_bytes // PAGE) * PAGE
+        self.source = mmap.mmap(-1, count * self.room)
+        self.target = mmap.mmap(-1, count * self.room)
+        self.template = frame.Template(LAYOUT, bytes(32))
+        self.digests = np.zeros((count, LAYOUT.layers, 2), dtype=np.uint64)
+        self.count = count
+        self.target[:] = bytes(len(self.target))
+        draw = np.random.default_rng(0)
+        for index in range(count):
+            view = self.view(self.source, index)
+            payload = draw.integers(0, 256, LAYOUT.payload_bytes, dtype=np.uint8)
+            view[self.template.header_bytes : self.frame_bytes] = payload.data
+            parts = [(int(at), int(size)) for at, size in self.template.segments.tolist()]
+            self.digests[index] = frame.digests_of(memoryview(payload.data), parts)
+
+    def view(self, memory: mmap.mmap, index: int) -> memoryview:
+        return memoryview(memory)[index * self.room : (index + 1) * self.room]
+
+    def name(self) -> list[bytes]:
+        """Give every source frame a new key."""
+        keys = [os.urandom(32) for _ in range(self.count)]
+        zeros = [bytes(32)] * self.count
+        headers = self.template.write(keys, zeros, bytes(16), range(self.count), self.digests)
+        for index, header in enumerate(headers):
+            self.view(self.source, index)[: len(header)] = header
+        return keys
+
+    def spans(self, memory: mmap.mmap, keys: Sequence[bytes], order: Sequence[int]) -> list[Span]:
+        return [Span(keys[i], self.view(memory, i), self.frame_bytes) for i in order]
+
+
+class Raw:
+    """A preallocated file, written and read with O_DIRECT by a pool of threads."""
+
+    def __init__(self, path: Path, frames: Frames) -> None:
+        self.path, self.frames = path, frames
+        self.pool = ThreadPoolExecutor(THREADS)
+        self.handle = -1
+
+    def fresh(self) -> None:
+        if self.handle >= 0:
+            os.close(self.handle)
+            self.path.unlink()
+        flags = os.O_RDWR | os.O_CREAT | os.O_DIRECT
+        self.handle = os.open(self.path, flags, 0o600)
+        os.posix_fallocate(self.handle, 0, self.frames.count * self.frames.room)
+
+    def write(self) -> float:
+        """Write all frames, with a sync after each table."""
+        self.fresh()
+        frames, start = self.frames, time.perf_counter()
+
+        def put(index: int) -> None:
+            view = frames.view(frames.source, index)
+            assert os.pwritev(self.handle, [view], index * frames.room) == frames.room
+
+        for at in range(0, frames.count, TABLE):
+            list(self.pool.map(put, range(at, at + TABLE)))
+            os.fdatasync(self.handle)
+        return time.perf_counter() - start
+
+    def read(self, order: Sequence[int]) -> float:
+        frames, start = self.frames, time.perf_counter()
+
+        def get(index: int) -> None:
+            view = frames.view(frames.target, index)
+            assert os.preadv(self.handle, [view], index * frames.room) == frames.room
+
+        list(self.pool.map(get, order))
+        return time.perf_counter() - start
+
+    def close(self) -> None:
+        self.pool.shutdown()
+        os.close(self.handle)
+
+
+class Ours:
+    """The tier in its durable mode, as the engine opens it."""
+
+    def __init__(self, path: Path, frames: Frames) -> None:
+        self.path, self.frames = path, frames
+        self.tier: DiskTier | None = None
+        self.keys: list[bytes] = []
+        self.good = True
+
+    def fresh(self) -> DiskTier:
+        if self.tier is not None:
+            self.tier.close()
+            shutil.rmtree(self.path)
+        self.keys = self.frames.name()
+        size = 4 * self.frames.count * self.frames.room
+        self.tier = DiskTier(
+            self.path, size, Metrics(), lambda keys: None, threads=THREADS, durable=True
+        )
+        return self.tier
+
+    def write(self) -> float:
+        """Write all frames, a table at a time, each counted only once it has been synced."""
+        tier, frames = self.fresh(), self.frames
+        start = time.perf_counter()
+        for at in range(0, frames.count, TABLE):
+            spans = frames.spans(frames.source, self.keys, range(at, at + TABLE))
+            self.move(tier.write, spans)
+        return time.perf_counter() - start
+
+    def read(self, order: Sequence[int]) -> float:
+        assert self.tier is not None
+        start = time.perf_counter()
+        self.move(self.tier.read, self.frames.spans(self.frames.target, self.keys, order))
+        return time.perf_counter() - start
+
+    def move(self, verb: Callable[..., None], spans: list[Span]) -> None:
+        left, over, lock = [len(spans)], threading.Event(), threading.Lock()
+
+        def report(index: int, good: bool) -> None:
+            with lock:
+                self.good &= good
+                left[0] -= 1
+                if not left[0]:
+                    over.set()
+
+        verb(spans, time.monotonic() + DEADLINE_S, report)
+        over.wait()
+
+    def latencies(self, count: int) -> list[float]:
+        """Read frames one by one, by as many clients as the tier has threads."""
+        found: list[float] = []
+
+        def client(seed: int) -> None:
+            draw = random.Random(seed)
+            half = self.frames.count // THREADS
+            for _ in range(count // THREADS):
+                start = time.perf_counter()
+                self.read([seed * half + draw.randrange(half)])
+                found.append(time.perf_counter() - start)
+
+        clients = [threading.Thread(target=client, args=(seed,)) for seed in range(THREADS)]
+        for each in clients:
+            each.start()
+        for each in clients:
+            each.join()
+        return found
+
+    def close(self) -> None:
+        assert self.tier is not None
+        self.tier.close()
+
+
+def transfers(folder: Path, rounds: int) -> list[Row]:
+    """Write and read the same frames, raw and ours in turns."""
+    frames = Frames(TABLE * TABLES)
+    raw, ours = Raw(folder / "raw", frames), Ours(folder / "ours", frames)
+    cpu: dict[str, list[float]] = {name: [] for name in ("write raw", "write", "read raw", "read")}
+    order = list(range(frames.count))
+    draw = random.Random(0)
+
+    def timed(name: str, work: Callable[[], float]) -> Callable[[], float]:
+        def turn() -> float:
+            draw.shuffle(order)
+            before = time.process_time()
+            took = work()
+            cpu[name].append((time.process_time() - before) / (frames.count * 2 * MIB / 1e9))
+            return took
+
+        return turn
+
+    turns = {
+        "write raw": timed("write raw", raw.write),
+        "write": timed("write", ours.write),
+    }
+    took = interleave(turns, rounds, warmup=1)
+    took |= interleave(
+        {
+            "read raw": timed("read raw", lambda: raw.read(order)),
+            "read": timed("read", lambda: ours.read(order)),
+        },
+        rounds,
+        warmup=1,
+    )
+    frames.target[:] = bytes(len(frames.target))
+    ours.read(order)
+    matches = ours.good and frames.target[:] == frames.source[:]
+    latencies = ours.latencies(READS_MIN)
+    ours.close()
+    raw.close()
+    rows = []
+    for verb, case in (("write", "disk durable write 2MiB"), ("read", "disk cold read 2MiB")):
+        bare, mine = took[f"{verb} raw"], took[verb]
+        nbytes = frames.count * frames.frame_bytes
+        speed = spread([nbytes / seconds / 1e9 for seconds in mine])
+        bound = nbytes / spread(bare).p50 / 1e9
+        rows += [
+            row(case, "share_of_raw", "ratio", share(bare, mine), 1.0, matches),
+            row(case, "speed", "GB/s", speed, bound, matches),
+            row(case, "cpu", "s/GB", spread(cpu[verb]), spread(cpu[f"{verb} raw"]).p50),
+        ]
+    ordered = sorted(latencies)
+    for share_of, name in ((0.5, "p50_ms"), (0.99, "p99_ms")):
+        value = ordered[int(share_of * (len(ordered) - 1))] * 1e3
+        found = Spread(value, value, value, len(ordered))
+        rows.append(row("disk cold read 2MiB", name, "ms", found, matches=ours.good))
+    return rows
+
+
+def row(
+    case: str,
+    metric: str,
+    unit: str,
+    found: Spread,
+    bound: float | None = None,
+    matches: bool | None = None,
+) -> Row:
+    return Row(
+        bench="store",
+        case=case,
+        metric=metric,
+        unit=unit,
+        value=found.p50,
+        bound=bound,
+        ratio=None if bound is None else found.p50 / bound,
+        p20=found.p20,
+        p80=found.p80,
+        n=found.n,
+        matches_reference=matches,
+    )
