@@ -167,6 +167,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
             _secret, "64 hex digits, or the path of a file with 32 bytes or 64 hex digits"
         ),
         "lease_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
+        "find_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
         "reservation_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
         "policy": Setting(_policy, "the name of a policy: lru"),
     }
@@ -184,6 +185,7 @@ QUERIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "io_threads": "io_threads",
             "lease_s": "lease_s",
             "reservation_s": "reservation_s",
+            "find_s": "find_s",
             "policy": "policy",
         },
         "file": {
@@ -223,6 +225,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """All settings of one engine. Sizes in bytes (texts such as "4G" are read), times in seconds.
 
     `disk` is None for memory alone. `threads` copy and hash, `io_threads` read and write the disk.
+    `find_s` is how long a look-up may wait for the answer of remote tiers.
     `secret` keys the block keys: two engines share blocks only where it is the same; it may be
     given as hex or as the path of a file, and is never printed.
     Raises ConfigError, naming what was given, what was expected and what to do.
@@ -235,6 +238,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     secret: Secret | None = None
     lease_s: float = 60.0
     reservation_s: float = 60.0
+    find_s: float = 0.1
     policy: Literal["lru"] = "lru"
 
     def __post_init__(self) -> None:

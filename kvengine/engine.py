@@ -12,6 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -34,11 +35,12 @@ from kvengine.metrics import Metrics
 from kvengine.policy.lru import LRU
 from kvengine.store import Store, exercise
 from kvengine.tenants import DEFAULT, Tenants
-from kvengine.tiers import DEADLINE_S, Span, Tier
+from kvengine.tiers import Tier
 from kvengine.tiers.disk import DiskTier
+from kvengine.tiers.finder import NOWHERE, Finder
 from kvengine.transfer import Job, Transfer, Transfers
+from kvengine.writer import Writer
 
-WRITE_BYTES = 32 << 20
 CLOSE_S = 30.0
 
 
@@ -55,9 +57,6 @@ class Engine:
         self.metrics = Metrics()
         self._closed = False
         self._detached = False
-        self._stopping = False
-        self._pump_lock = threading.Lock()
-        self._writing = 0
         self._codec: Codec = Raw()
         arena = Arena(config.memory_bytes)
         self._store = Store(
@@ -68,29 +67,21 @@ class Engine:
             config.lease_s,
             config.reservation_s,
         )
-        self._tier: Tier | None = None
-        kept = None
-        if config.disk is not None:
-            path = Path(config.disk.path)
-            self._tier = DiskTier(
-                path,
-                config.disk.size_bytes,
-                self.metrics,
-                self._store.dropped,
-                segment_bytes=config.disk.segment_bytes,
-                threads=config.io_threads,
-                durable=config.disk.durable,
-            )
-            kept = path / "tenants.json"
+        self._tiers: list[Tier] = []
         try:
+            kept = self._open_tiers()
             self._tenants = Tenants(kept, config.secret)
-            if self._tier is not None:
-                self._store.attach(self._tier)
+            for tier in self._tiers:
+                self._store.attach(tier)
             self._transfers = Transfers(config.threads, self._failed)
         except BaseException:
-            if self._tier is not None:
-                self._tier.close()
+            for tier in self._tiers:
+                tier.close()
             raise
+        self._writers = [
+            Writer(self._store, tier, number) for number, tier in enumerate(self._tiers)
+        ]
+        self._finder = Finder(self._tiers, time.monotonic, config.find_s)
         self._leave = _watch(self)
         self._populating = threading.Thread(
             target=self._prepare, name="kvengine-prepare", daemon=True
@@ -165,13 +156,18 @@ class Engine:
 
     def probe(self, keys: BlockKeys) -> int:
         """Count the leading blocks that are held, here or in a tier. Takes nothing."""
-        return 0 if self._gone(keys) else self._store.probe(keys)
+        if self._gone(keys):
+            return 0
+        if not self._finder:
+            return self._store.probe(keys)
+        held = self._held(keys)
+        return len(held) if held.all() else int(held.argmin())
 
     def contains(self, keys: BlockKeys) -> Bools:
         """Say for each key whether its block is held. Takes nothing."""
         if self._gone(keys):
             return np.zeros(len(keys), dtype=np.bool_)
-        return self._store.contains(keys)
+        return self._held(keys)
 
     def match(self, keys: BlockKeys) -> Lease:
         """Hold the leading blocks that are here or in a tier, for a `load`.
@@ -181,12 +177,15 @@ class Engine:
         """
         if self._gone(keys):
             return Lease(keys, np.empty(0, dtype=np.int32), 0, 0.0, self._store.release)
-        lease = self._store.match(keys)
+        lease = self._store.match(keys, self._found(keys))
         self.metrics.add("lookup_blocks", len(keys))
         if lease.in_memory:
             self.metrics.add("hit_blocks", lease.in_memory, tier="memory")
-        if lease.blocks > lease.in_memory and self._tier is not None:
-            self.metrics.add("hit_blocks", lease.blocks - lease.in_memory, tier=self._tier.name)
+        if lease.blocks > lease.in_memory:
+            homes = self._store.served(lease.ids[lease.in_memory :])
+            for number in set(homes.tolist()):
+                name = "memory" if number < 0 else self._tiers[number].name
+                self.metrics.add("hit_blocks", int((homes == number).sum()), tier=name)
         return lease
 
     # Moving
@@ -233,6 +232,8 @@ class Engine:
             saved = store.commit(reservation, whole)
             if saved:
                 good[rows] = whole
+            if self._finder:
+                self._finder.forget([keys.key(index) for index in rows.tolist()])
             if len(rows) < count:
                 # A key named twice, or saved by another meanwhile.
                 np.logical_or(good, store.contains(keys), out=good)
@@ -273,7 +274,7 @@ class Engine:
         if not len(ids):
             return self._refuse(transfer)
         keys = lease.keys[first : first + count]
-        parts = (self._store, self._transfers, self._tier, self._codec)
+        parts = (self._store, self._transfers, self._tiers, self._codec)
         Load(*parts, transfer, keys, ids, cache, table, mapping).start(slots)
         return transfer
 
@@ -288,7 +289,10 @@ class Engine:
 
     def drop(self, keys: BlockKeys) -> int:
         """Forget blocks everywhere. Returns how many there were."""
-        return 0 if self._gone(keys) else self._store.drop(keys)
+        if self._gone(keys):
+            return 0
+        self._finder.forget([keys.key(index) for index in range(len(keys))])
+        return self._store.drop(keys)
 
     def drop_all(self) -> int:
         """Make every block of this tenant unreachable, in O(1); returns the new epoch.
@@ -310,11 +314,12 @@ class Engine:
         if self._away():
             return {}
         stats = self._store.stats()
-        stats["tier_bytes"] = 0 if self._tier is None else self._tier.nbytes
-        for place, blocks in (("memory", "memory_blocks"), ("disk", "tier_blocks")):
-            self.metrics.set("blocks", stats[blocks], tier=place)
+        stats["tier_bytes"] = sum(tier.nbytes for tier in self._tiers)
+        self.metrics.set("blocks", stats["memory_blocks"], tier="memory")
         self.metrics.set("bytes", stats["memory_bytes"], tier="memory")
-        self.metrics.set("bytes", stats["tier_bytes"], tier="disk")
+        for tier in self._tiers:
+            self.metrics.set("blocks", stats[f"{tier.name}_blocks"], tier=tier.name)
+            self.metrics.set("bytes", tier.nbytes, tier=tier.name)
         for name in (
             "lookup_blocks",
             "hit_blocks",
@@ -352,9 +357,10 @@ class Engine:
         self._transfers.close(CLOSE_S)
         self._pump()
         self._store.wait_clean(CLOSE_S)
-        self._stopping = True
-        if self._tier is not None:
-            self._tier.close()
+        for writer in self._writers:
+            writer.stop()
+        for tier in self._tiers:
+            tier.close()
 
     def detach(self) -> None:
         """After a fork, in the child: let go of files and locks; every verb misses from now on."""
@@ -363,10 +369,34 @@ class Engine:
         self._detached = True
         self._store.detach()
         self._transfers.detach()
-        if self._tier is not None:
-            self._tier.detach()
+        self._finder.detach()
+        for tier in self._tiers:
+            tier.detach()
 
     # Inside
+
+    def _open_tiers(self) -> Path | None:
+        """Open the tiers below memory, the fastest first; return where tenants are kept."""
+        disk, kept = self.config.disk, None
+        if disk is not None:
+            path = Path(disk.path)
+            tier = DiskTier(
+                path,
+                disk.size_bytes,
+                self.metrics,
+                partial(self._store.dropped, len(self._tiers)),
+                segment_bytes=disk.segment_bytes,
+                threads=self.config.io_threads,
+                durable=disk.durable,
+            )
+            self._tiers.append(tier)
+            kept = path / "tenants.json"
+        return kept
+
+    def _lost(self, number: int, keys: Sequence[bytes]) -> None:
+        """Note that a remote tier has lost blocks that it was said to hold."""
+        self._finder.forget(keys)
+        self._store.dropped(number, keys)
 
     def _prepare(self) -> None:
         """Have compiled kernels and memory ready before the first save asks for them."""
@@ -426,29 +456,30 @@ class Engine:
             store.arena.view(slot, len(header))[:] = header
 
     def _pump(self) -> None:
-        """Give the tier the next committed blocks, while less than WRITE_BYTES are under way."""
-        tier = self._tier
-        if tier is None or self._stopping:
-            return
-        while True:
-            with self._pump_lock:
-                if self._writing >= WRITE_BYTES:
-                    return
-                ids, spans = self._store.take_dirty(WRITE_BYTES // 2)
-                if not len(ids):
-                    return
-                nbytes = sum(span.nbytes for span in spans)
-                self._writing += nbytes
+        """Give every tier the next committed blocks."""
+        for writer in self._writers:
+            writer.pump()
 
-            def report(
-                index: int, good: bool, ids: Int32s = ids, spans: Sequence[Span] = spans
-            ) -> None:
-                self._store.written(ids[index : index + 1], good)
-                with self._pump_lock:
-                    self._writing -= spans[index].nbytes
-                self._pump()
+    def _held(self, keys: BlockKeys) -> Bools:
+        """Say for each key whether its block is held here, or in a tier that was asked."""
+        held = self._store.contains(keys)
+        found = self._found(keys)
+        return held if found is None else held | (found >= 0)
 
-            tier.write(spans, time.monotonic() + DEADLINE_S, report)
+    def _found(self, keys: BlockKeys) -> Int32s | None:
+        """Ask the remote tiers for what is not held here: a tier's number for each key, or -1.
+
+        None where there is no one, or nothing, to ask.
+        """
+        if not self._finder:
+            return None
+        lacking = np.flatnonzero(~self._store.contains(keys))
+        if not len(lacking):
+            return None
+        found = np.full(len(keys), NOWHERE, dtype=np.int32)
+        nbytes = self._store.space(keys.namespace.number).nbytes
+        found[lacking] = self._finder.find([keys.key(index) for index in lacking.tolist()], nbytes)
+        return found
 
 
 def _watch(engine: Engine) -> Callable[[], None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ from kvengine.keys import BlockKeys
 from kvengine.lease import Bools
 from kvengine.policy import NO_PARENT
 from kvengine.store import Store
-from kvengine.tiers import DEADLINE_S, Tier
+from kvengine.tiers import DEADLINE_S, Span, Tier
 from kvengine.transfer import Job, Transfer, Transfers
 
 FETCH_BYTES = 16 << 20
@@ -32,7 +32,7 @@ class Load:
         self,
         store: Store,
         transfers: Transfers,
-        tier: Tier | None,
+        tiers: Sequence[Tier],
         codec: Codec,
         transfer: Transfer,
         keys: BlockKeys,
@@ -43,7 +43,7 @@ class Load:
     ) -> None:
         self._store = store
         self._transfers = transfers
-        self._tier = tier
+        self._tiers = tiers
         self._codec = codec
         self._template = store.template(keys.namespace)
         self._transfer = transfer
@@ -60,54 +60,84 @@ class Load:
     def start(self, slots: Slots) -> None:
         """Cut the table into what is in memory and windows of what is not; begin them all."""
         here = np.flatnonzero(slots != NO_SLOT)
-        away = np.flatnonzero(slots == NO_SLOT)
         frame_bytes = self._store.space(self._keys.namespace.number).nbytes
         step = max(1, FETCH_BYTES // frame_bytes)
-        windows = [away[at : at + step] for at in range(0, len(away), step)]
+        windows: list[tuple[int, NDArray[np.intp]]] = []
+        if len(here) < len(slots):
+            homes = np.where(slots == NO_SLOT, self._store.homes(self._ids), len(self._tiers))
+            for tier in range(-1, len(self._tiers)):
+                away = np.flatnonzero(homes == tier)
+                windows += [(tier, away[at : at + step]) for at in range(0, len(away), step)]
         self._left = 1 + len(windows)
         # A layer is there when every part's tasks are over; a window has none before it arrives.
-        self._transfer.expect([((0, len(rows)), self._layers) for rows in windows])
-        for rows in windows:
-            self._fetch(rows)
+        self._transfer.expect([((0, len(rows)), self._layers) for _, rows in windows])
+        for tier, rows in windows:
+            self._fetch(tier, rows)
         self._scatter(here, slots[here])
 
-    def _fetch(self, rows: NDArray[np.intp]) -> None:
-        """Read blocks of the tier into slots, then scatter them."""
-        slots, spans = self._store.take_slots(self._ids[rows])
+    def _fetch(self, tier: int, rows: NDArray[np.intp]) -> None:
+        """Read blocks of a tier into slots, then scatter them. Tier -1: dropped meanwhile."""
+        slots, spans = self._store.take_slots(self._ids[rows if tier >= 0 else rows[:0]])
         rows = rows[: len(slots)]
-        if not len(rows) or self._tier is None:
+        if not len(rows):
             self._transfer.arrived(rows, self._layers)
             self._part_done()
             return
         arrived = np.zeros(len(rows), dtype=np.bool_)
-        waiting = [len(rows)]
+        self._read(tier, np.arange(len(rows)), spans, arrived, rows, slots)
+
+    def _read(
+        self,
+        tier: int,
+        which: NDArray[np.intp],
+        spans: Sequence[Span],
+        arrived: Bools,
+        rows: NDArray[np.intp],
+        slots: Slots,
+    ) -> None:
+        """Read some of a window's spans; what fails here is read from the next tier that has it."""
+        waiting = [len(which)]
 
         def report(index: int, good: bool) -> None:
             with self._lock:
-                arrived[index] = good
+                arrived[which[index]] = good
                 waiting[0] -= 1
                 last = waiting[0] == 0
-            if last and not self._transfers.submit(
-                self._transfer, lambda: self._arrived(rows, slots, arrived)
+            if last:
+                over()
+
+        def over() -> None:
+            failed = np.flatnonzero(~arrived)
+            homes = self._store.homes(self._ids[rows[failed]], tier)
+            if (homes >= 0).any():
+                after = int(homes[homes >= 0].min())
+                self._read(after, failed[homes >= 0], spans, arrived, rows, slots)
+            elif not self._transfers.submit(
+                self._transfer, lambda: self._arrived(tier, rows, slots, arrived)
             ):
-                self._arrived(rows, slots, np.zeros(len(rows), dtype=np.bool_))
+                self._arrived(tier, rows, slots, np.zeros(len(rows), dtype=np.bool_))
 
-        self._tier.read(spans, time.monotonic() + DEADLINE_S, report)
+        chosen = [spans[index] for index in which.tolist()]
+        self._tiers[tier].read(chosen, time.monotonic() + DEADLINE_S, report)
 
-    def _arrived(self, rows: NDArray[np.intp], slots: Slots, arrived: Bools) -> None:
+    def _arrived(self, tier: int, rows: NDArray[np.intp], slots: Slots, arrived: Bools) -> None:
         """Scatter a window whose reads are over; then its slots go to their entries."""
 
         def after(good: Bools) -> None:
             keep = np.zeros(len(rows), dtype=np.bool_)
             keep[arrived] = good
             parent = int(self._ids[rows[0] - 1]) if rows[0] else NO_PARENT
-            self._store.fetched(self._ids[rows], slots, keep, parent)
+            self._store.fetched(self._ids[rows], slots, keep, parent, tier)
 
-        self._scatter(rows[arrived], slots[arrived], after)
+        self._scatter(rows[arrived], slots[arrived], after, tier)
         self._transfer.arrived(rows, self._layers)
 
     def _scatter(
-        self, rows: NDArray[np.intp], slots: Slots, after: Callable[[Bools], None] | None = None
+        self,
+        rows: NDArray[np.intp],
+        slots: Slots,
+        after: Callable[[Bools], None] | None = None,
+        tier: int | None = None,
     ) -> None:
         """Verify headers, then segments, and fill the caller's cache."""
         size = self._template.header_bytes
@@ -122,7 +152,7 @@ class Load:
             good[tried] = (verdicts == GOOD).all(axis=1)
             bad[tried] = (verdicts == BAD).any(axis=1)
             self._good[rows] = good
-            self._store.corrupt(self._ids[rows[bad]], "memory" if after is None else "disk")
+            self._store.corrupt(self._ids[rows[bad]], tier)
             if after is not None:
                 after(good)
             self._part_done()

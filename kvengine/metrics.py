@@ -39,6 +39,12 @@ TABLE = (
     Series("kvengine_bytes", "gauge", ("tier",), "Bytes held"),
     Series("kvengine_blocks", "gauge", ("tier",), "Blocks held"),
     Series("kvengine_demoted_blocks_total", "counter", ("tier",), "Blocks written to a tier"),
+    Series(
+        "kvengine_write_skipped_blocks_total",
+        "counter",
+        ("tier",),
+        "Blocks a tier was too slow for",
+    ),
     Series("kvengine_fetched_blocks_total", "counter", ("tier",), "Blocks read from a tier"),
     Series("kvengine_dropped_blocks_total", "counter", (), "Blocks dropped by command"),
     Series("kvengine_expired_total", "counter", ("kind",), "Leases and reservations past deadline"),

@@ -87,8 +87,10 @@ class Store:
         self._leases: dict[bytes, Lease] = {}
         self._reservations: dict[bytes, Reservation] = {}
         self._quarantine: dict[bytes, tuple[int, Slots]] = {}
-        self._dirty: deque[Int32s] = deque()
-        self._unwritten = 0
+        self._remote_bits = 0
+        self._dirty: list[deque[Int32s]] = []  # one for each tier
+        self._waiting_bytes: list[int] = []
+        self._unwritten = 0  # over all tiers
         self._lent_pages = 0
         self._dead: deque[bytes] = deque()
 
@@ -134,14 +136,18 @@ class Store:
         with self._lock:
             number = len(self._tiers)
             self._tiers.append(tier)
+            self._dirty.append(deque())
+            self._waiting_bytes.append(0)
+            if tier.remote:
+                self._remote_bits |= 1 << number
             return sum(self._adopt(number, held) for held in tier.scan())
 
-    def dropped(self, keys: Sequence[bytes]) -> None:
-        """Note that the first tier below has given keys up by itself."""
+    def dropped(self, tier: int, keys: Sequence[bytes]) -> None:
+        """Note that a tier has given keys up by itself."""
         with self._lock:
             ids = self._index.find(_words(keys))
             ids = ids[ids >= 0]
-            self._index.remove_tier(ids, 0)
+            self._index.remove_tier(ids, tier)
             rows = self._index.rows[ids]
             nowhere = (rows[:, SLOT] == NO_SLOT) & (rows[:, STATE] == COMMITTED)
             self._forget(ids[nowhere])
@@ -158,11 +164,16 @@ class Store:
         with self._lock:
             return self._present(self._index.find(keys.words), keys.namespace.number)[0]
 
-    def match(self, keys: BlockKeys) -> Lease:
-        """Hold the leading blocks that are here or in a tier; the lease says how many."""
+    def match(self, keys: BlockKeys, found: Int32s | None = None) -> Lease:
+        """Hold the leading blocks that are here or in a tier; the lease says how many.
+
+        `found`: the number of the remote tier that has said to hold each key's block, or -1.
+        """
         now = self._clock()
         with self._lock:
             self._sweep(now)
+            if found is not None:
+                self._take_in(keys, found)
             ids, in_memory = self._prefix(keys)
             self._policy.held(self._index.lease(ids))
             lease = Lease(keys, ids, in_memory, now + self._lease_s, self.release)
@@ -192,6 +203,17 @@ class Store:
         """Give back what `pin` held."""
         with self._lock:
             self._unlease(ids)
+
+    def homes(self, ids: Int32s, below: int = -1) -> Int32s:
+        """Return the number of the fastest tier after `below` that holds each, or -1."""
+        with self._lock:
+            return _lowest(self._index.tiers(ids) >> (below + 1), below + 1)
+
+    def served(self, ids: Int32s) -> Int32s:
+        """Return the number of the tier that each would be read from, -1 for memory."""
+        with self._lock:
+            away = self._index.rows[ids, SLOT] == NO_SLOT
+            return _lowest(np.where(away, self._index.tiers(ids), 0), 0)
 
     # reserve → fill → commit
 
@@ -258,14 +280,14 @@ class Store:
             nbytes = self._spaces[reservation.keys.namespace.number].nbytes
             for run in _runs(reservation, good, nbytes):
                 self._policy.added(run, now)
-            if self._tiers:
-                # The reservation's own lease becomes the writer's.
+            takers = self._takers(len(ids), nbytes)
+            if takers:
                 self._policy.held(ids)
-                if len(ids):
-                    self._dirty.append(ids)
-                    self._unwritten += len(ids)
-            else:
-                self._index.rows[ids, LEASES] = 0
+            self._index.rows[ids, LEASES] = len(takers)  # each writer holds them
+            for number in takers:
+                self._dirty[number].append(ids)
+                self._waiting_bytes[number] += len(ids) * nbytes
+                self._unwritten += len(ids)
             return len(ids)
 
     def abort(self, reservation: Reservation) -> None:
@@ -289,37 +311,40 @@ class Store:
 
     # Moving between arena and tiers
 
-    def take_dirty(self, nbytes_max: int) -> tuple[Int32s, list[Span]]:
-        """Take committed blocks that no tier holds yet, about so many bytes, pinned.
+    def take_dirty(self, nbytes_max: int, tier: int) -> tuple[Int32s, list[Span]]:
+        """Take committed blocks that a tier is still to be given, about so many bytes, pinned.
 
         Each is given back by `written`.
         """
         with self._lock:
-            if not self._dirty:
+            dirty = self._dirty[tier]
+            if not dirty:
                 return EMPTY, []
-            ids = self._dirty.popleft()
+            ids = dirty.popleft()
             slot_bytes = self._spaces[int(self._index.rows[ids[0], NAMESPACE])].nbytes
             count = max(1, nbytes_max // slot_bytes)
             if len(ids) > count:
-                self._dirty.appendleft(ids[count:])
+                dirty.appendleft(ids[count:])
                 ids = ids[:count]
             return ids, self._spans(ids, self._index.rows[ids, SLOT])
 
-    def written(self, ids: Int32s, good: bool) -> None:
+    def written(self, ids: Int32s, good: bool, tier: int) -> None:
         """Note that a tier has kept (or could not keep) blocks of `take_dirty`."""
         dropped: list[bytes] = []
         with self._lock:
             if good:
-                self._metrics.add("demoted_blocks", len(ids), tier=self._tiers[0].name)
+                self._metrics.add("demoted_blocks", len(ids), tier=self._tiers[tier].name)
                 here = self._index.states(ids) == COMMITTED
-                self._index.add_tier(ids[here], 0)
+                self._index.add_tier(ids[here], tier)
                 dropped = [key.tobytes() for key in self._index.keys(ids[~here])]
+            nbytes = self._spaces[int(self._index.rows[ids[0], NAMESPACE])].nbytes
+            self._waiting_bytes[tier] -= len(ids) * nbytes
             self._unlease(ids)
             self._unwritten -= len(ids)
             if not self._unwritten:
                 self._clean.notify_all()
         if dropped:
-            self._drop_below(dropped)
+            self._tiers[tier].drop(dropped)
 
     def wait_clean(self, timeout_s: float) -> bool:
         """Wait until every committed block has been written below or given up."""
@@ -336,7 +361,9 @@ class Store:
             self._lent_pages += self.arena.pages_of(nbytes) * len(slots)
             return slots, self._spans(ids[: len(slots)], slots)
 
-    def fetched(self, ids: Int32s, slots: Slots, keep: Bools, parent: int = NO_PARENT) -> None:
+    def fetched(
+        self, ids: Int32s, slots: Slots, keep: Bools, parent: int = NO_PARENT, tier: int = 0
+    ) -> None:
         """Take lent slots back: those in `keep` hold whole blocks, and stay with their entries."""
         now = self._clock()
         with self._lock:
@@ -354,15 +381,27 @@ class Store:
             for run in _split(ids, np.flatnonzero(first), parent, nbytes):
                 self._policy.added(run, now)
             self._policy.held(ids[first])
-            self._metrics.add("fetched_blocks", int(first.sum()), tier=self._tiers[0].name)
+            self._metrics.add("fetched_blocks", int(first.sum()), tier=self._tiers[tier].name)
 
-    def corrupt(self, ids: Int32s, where: str) -> None:
-        """Drop pinned blocks whose bytes did not verify: no one is served them again."""
-        if len(ids):
-            self._metrics.add("corrupt_blocks", len(ids), tier=where)
+    def corrupt(self, ids: Int32s, tier: int | None) -> None:
+        """Drop pinned blocks whose bytes did not verify: no one is served them again.
+
+        Those of a tier go from there; those of memory (None) go everywhere, since what was written
+        below may have been wrong already.
+        """
+        if not len(ids):
+            return
+        where = "memory" if tier is None else self._tiers[tier].name
+        self._metrics.add("corrupt_blocks", len(ids), tier=where)
+        if tier is None:
             with self._lock:
                 gone = self._drop(ids)
             self._drop_below(gone)
+        else:
+            with self._lock:
+                keys = [key.tobytes() for key in self._index.keys(ids)]
+            self._tiers[tier].drop(keys)
+            self.dropped(tier, keys)
 
     def drop(self, keys: BlockKeys) -> int:
         """Forget blocks everywhere; leased ones go when they are released. Returns how many."""
@@ -370,7 +409,7 @@ class Store:
             ids = self._index.find(keys.words)
             ids = ids[self._present(ids, keys.namespace.number)[0]]
             gone = self._drop(ids)
-        self._drop_below(gone)
+        self._drop_below(gone, [keys.key(index) for index in range(len(keys))])
         self._metrics.add("dropped_blocks", len(gone))
         return len(gone)
 
@@ -402,6 +441,12 @@ class Store:
                 "memory_blocks": int((committed & (rows[:, SLOT] != NO_SLOT)).sum()),
                 "memory_bytes": self.arena.taken_pages * PAGE_BYTES,
                 "tier_blocks": int((committed & (rows[:, STATE] >> TIER_SHIFT != 0)).sum()),
+                **{
+                    f"{tier.name}_blocks": int(
+                        (committed & (rows[:, STATE] >> TIER_SHIFT & 1 << number != 0)).sum()
+                    )
+                    for number, tier in enumerate(self._tiers)
+                },
                 "leases": len(self._leases),
                 "reservations": len(self._reservations),
                 "quarantined_blocks": sum(len(slots) for _, slots in self._quarantine.values()),
@@ -454,6 +499,20 @@ class Store:
         rows[ids[fresh], NAMESPACE] = number
         self._index.add_tier(ids, tier)
         return int(fresh.sum())
+
+    def _takers(self, count: int, nbytes: int) -> list[int]:
+        """Return the tiers that are to be given so many blocks.
+
+        A remote tier may lag behind; what waits for it is pinned, so that is a quarter of memory.
+        """
+        takers = []
+        for number, tier in enumerate(self._tiers if count else ()):
+            waiting = self._waiting_bytes[number] + count * nbytes
+            if tier.remote and waiting > max(self.arena.nbytes // 4, count * nbytes):
+                self._metrics.add("write_skipped_blocks", count, tier=tier.name)
+            else:
+                takers.append(number)
+        return takers
 
     def _present(self, ids: Int32s, number: int) -> tuple[Bools, Bools]:
         """Return which ids are blocks of this namespace, and which of them are in memory."""
@@ -508,9 +567,27 @@ class Store:
         """Take victims out of memory. Returns whether their slots have several sizes."""
         self._policy.removed(ids)
         mixed = self._give_slots(ids)
-        self._discard(ids[self._index.tiers(ids) == 0] if self._tiers else ids)
+        self._discard(ids[self._found_nowhere_else(ids)] if self._tiers else ids)
         self._metrics.add("evicted_blocks", len(ids), reason="memory")
         return mixed
+
+    def _found_nowhere_else(self, ids: Int32s) -> Bools:
+        """Which have no copy that the index must know of: a remote tier is asked again."""
+        nowhere: Bools = self._index.tiers(ids) & ~self._remote_bits == 0
+        return nowhere
+
+    def _take_in(self, keys: BlockKeys, found: Int32s) -> None:
+        """Enter the leading blocks that remote tiers hold; whoever leases them keeps them here."""
+        number = keys.namespace.number
+        count = _leading(self._present(self._index.find(keys.words), number)[0] | (found >= 0))
+        rows = np.flatnonzero(found[:count] >= 0)
+        if not len(rows):
+            return
+        ids, fresh = self._index.claim(np.ascontiguousarray(keys.words[rows]))
+        self._index.rows[ids[fresh]] = (NO_SLOT, 0, number, COMMITTED)
+        known = self._index.states(ids) == COMMITTED  # not those that someone is filling
+        for tier in set(found[rows].tolist()):
+            self._index.add_tier(ids[known & (found[rows] == tier)], tier)
 
     def _give_slots(self, ids: Int32s) -> bool:
         """Give entries' slots back to the arena. Returns whether they had several sizes."""
@@ -539,6 +616,10 @@ class Store:
             self._index.rows[free[doomed], STATE] = 0
             self._index.free(free[doomed])
             free = free[~doomed]
+        if self._remote_bits:
+            away = (self._index.rows[free, SLOT] == NO_SLOT) & self._found_nowhere_else(free)
+            self._discard(free[away])
+            free = free[~away]
         self._policy.freed(free)
 
     def _discard(self, ids: Int32s) -> None:
@@ -565,9 +646,9 @@ class Store:
         self._forget(ids)
         return keys
 
-    def _drop_below(self, keys: Sequence[bytes]) -> None:
+    def _drop_below(self, keys: Sequence[bytes], asked: Sequence[bytes] = ()) -> None:
         for tier in self._tiers:
-            tier.drop(keys)
+            tier.drop(asked or keys if tier.remote else keys)
 
     def _unreserve(self, ids: Int32s, slots: Slots, keys: BlockKeys) -> None:
         if len(ids):
@@ -638,6 +719,12 @@ def _words(keys: Sequence[bytes]) -> NDArray[np.uint64]:
 
 def _leading(flags: Bools) -> int:
     return len(flags) if flags.all() else int(flags.argmin())
+
+
+def _lowest(bits: Int32s, shift: int) -> Int32s:
+    """Return the number of the lowest bit set, plus `shift`; -1 where none is."""
+    lowest = np.log2(np.maximum(bits & -bits, 1)).astype(np.int32)
+    return np.where(bits != 0, lowest + np.int32(shift), np.int32(-1))
 
 
 def _runs(reservation: Reservation, good: Bools, nbytes: int) -> Iterator[Run]:

@@ -49,7 +49,7 @@ def test_defaults():
     assert config.memory_bytes == G
     assert (config.disk, config.secret, config.policy) == (None, None, "lru")
     assert (config.threads, config.io_threads) == (2, 2)
-    assert (config.lease_s, config.reservation_s) == (60, 60)
+    assert (config.lease_s, config.reservation_s, config.find_s) == (60, 60, 0.1)
     assert set(origins.values()) == {"default"}
     assert set(origins) == set(SETTINGS)
 
@@ -148,6 +148,7 @@ def test_every_setting_can_come_from_the_environment():
         "KVENGINE_SECRET": HEX,
         "KVENGINE_LEASE_S": "1.5",
         "KVENGINE_RESERVATION_S": "2",
+        "KVENGINE_FIND_S": "0.5",
         "KVENGINE_POLICY": "lru",
     }
     assert set(environ) == set(ENVIRONMENT_OF.values())
@@ -161,6 +162,7 @@ def test_every_setting_can_come_from_the_environment():
         secret=Secret.fromhex(HEX),
         lease_s=1.5,
         reservation_s=2.0,
+        find_s=0.5,
     )
 
 

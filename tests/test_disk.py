@@ -345,7 +345,7 @@ def test_short_writes(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             # numpy's memory is not aligned as O_DIRECT wants it: go through the page cache.
             handles = {
-                s.handle: os.open(s.path, os.O_RDWR) for s in engine._tier._segments.values()
+                s.handle: os.open(s.path, os.O_RDWR) for s in engine._tiers[0]._segments.values()
             }
             patch.setattr(os, "pwritev", lambda h, b, at: short(handles.get(h, h), b, at))
             goes_on_from_memory(engine)

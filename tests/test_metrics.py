@@ -17,6 +17,7 @@ FROZEN = {
     "kvengine_bytes": ("gauge", ("tier",)),
     "kvengine_blocks": ("gauge", ("tier",)),
     "kvengine_demoted_blocks_total": ("counter", ("tier",)),
+    "kvengine_write_skipped_blocks_total": ("counter", ("tier",)),
     "kvengine_fetched_blocks_total": ("counter", ("tier",)),
     "kvengine_dropped_blocks_total": ("counter", ()),
     "kvengine_expired_total": ("counter", ("kind",)),

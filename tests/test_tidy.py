@@ -33,7 +33,7 @@ LAYERS = (
     ("codec", "cache", "index", "lease", "tiers", "peer.messages", "kernels.variants"),
     ("tiers.*", "transfer", "peer.node", "peer.wire", "peer.membership"),
     ("store", "peer.tier", "peer.client"),
-    ("trace", "plan", "load"),
+    ("trace", "plan", "load", "writer"),
     ("engine",),
     ("",),
     ("server", "web", "adapters.torch", "adapters.jax", "adapters.vllm_identity"),

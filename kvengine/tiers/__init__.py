@@ -70,12 +70,21 @@ class Tier(Protocol):
         ...
 
     @property
+    def remote(self) -> bool:
+        """Whether others write to it as well: what it holds is asked by `find`, not scanned."""
+        ...
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of frames held."""
+        """Bytes of frames held; 0 where that is not known."""
         ...
 
     def scan(self) -> Iterator[Held]:
         """Yield what was found when the tier was opened, in tables."""
+        ...
+
+    def find(self, keys: Sequence[bytes], deadline: float) -> list[int]:
+        """Return the size of each key's frame, 0 for none, -1 where no answer came in time."""
         ...
 
     def read(self, spans: Sequence[Span], deadline: float, report: Report) -> None:

@@ -81,6 +81,7 @@ class DiskTier:
     """
 
     name = "disk"
+    remote = False
 
     def __init__(
         self,
@@ -144,6 +145,12 @@ class DiskTier:
         for (identity, frame_bytes), keys in groups.items():
             table = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1)
             yield Held(table, identity, frame_bytes)
+
+    def find(self, keys: Sequence[bytes], deadline: float) -> list[int]:
+        """Return the size of each key's slot, 0 for none. Known at once."""
+        with self._lock:
+            held = [self._where.get(key) for key in keys]
+            return [0 if segment is None else segment.stride - PAGE_BYTES for segment in held]
 
     def read(self, spans: Sequence[Span], deadline: float, report: Report) -> None:
         """Queue reads, one piece of work a frame; each is reported when its bytes are there."""
