@@ -364,7 +364,7 @@ def _compiled(signature: Any) -> Callable[[Any], Any]:
     def compile(function: Any) -> Any:
         try:
             return numba.njit(signature, nogil=True, cache=True)(function)
-        except RuntimeError:  # no directory that the cache could be written to
+        except (RuntimeError, OSError):  # no directory for the cache, or no room in it
             return numba.njit(signature, nogil=True)(function)
 
     return compile

@@ -7,8 +7,9 @@ Python reads a memoryview three times faster than a numpy array, so columns are 
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import TypeVar, cast
 
 import numpy as np
@@ -18,16 +19,30 @@ Function = TypeVar("Function", bound=Callable[..., object])
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
 
-NATIVE = importlib.util.find_spec("numba") is not None
+
+def _numba() -> ModuleType | None:
+    try:
+        return importlib.import_module("numba")
+    except ImportError:  # absent, or it does not fit this numpy
+        return None
+
+
+NUMBA = _numba()
+NATIVE = NUMBA is not None
 
 
 def compiled(function: Function) -> Function:
-    """Compile a loop with numba where it is installed; the result is kept on disk."""
-    if not NATIVE:
-        return function
-    import numba
+    """Compile a loop with numba where it is installed; the result is kept on disk if it can be.
 
-    return cast(Function, numba.njit(cache=True)(function))
+    Where it can be found out only then that it cannot (a full disk), a loop's first call raises
+    OSError, and the next ones work: see `store.exercise`.
+    """
+    if NUMBA is None:
+        return function
+    try:
+        return cast(Function, NUMBA.njit(cache=True)(function))
+    except RuntimeError:  # no directory that the result could be written to
+        return cast(Function, NUMBA.njit(function))
 
 
 def column(array: Int32s) -> Int32s:

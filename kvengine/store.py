@@ -46,6 +46,7 @@ from kvengine.tiers import Held, Span, Tier
 EMPTY = np.empty(0, dtype=np.int32)
 UNKNOWN = -1
 ROOM_TABLES = 8
+LOOPS_MAX = 32  # more than index and policy have
 
 
 @dataclass(slots=True)
@@ -696,6 +697,15 @@ class Store:
 
 def exercise() -> None:
     """Run every loop of index and policy once, so that they are compiled before they are needed."""
+    for _ in range(LOOPS_MAX):
+        try:
+            _exercise()
+            return
+        except OSError:  # what a loop was compiled to could not be kept on disk; it is in memory
+            continue
+
+
+def _exercise() -> None:
     index, policy = Index(), LRU()
     words = _words([bytes(KEY_BYTES)])
     ids, _ = index.claim(words)
