@@ -20,7 +20,8 @@ PAGE_BYTES = 4096
 EXTENT_BYTES = 16 << 20
 EXTENT_SLOTS = 64
 POPULATE_BYTES = 4 << 20
-MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap does not name it
+MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap names neither
+MADV_WIPEONFORK = 18  # Linux 4.14
 Slots = NDArray[np.int32]
 
 
@@ -57,11 +58,13 @@ class Arena:
             raise ConfigError(f"an arena needs at least {PAGE_BYTES} bytes, got {nbytes}")
         self.nbytes = pages * PAGE_BYTES
         self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
+        # A forked child has no use for the slab: it is not to hold copies of what changes here.
+        for advice in (getattr(mmap, "MADV_HUGEPAGE", None), MADV_WIPEONFORK):
             try:
-                self._map.madvise(mmap.MADV_HUGEPAGE)
+                if advice is not None:
+                    self._map.madvise(advice)
             except OSError:
-                pass  # a kernel without huge pages: the slab works all the same
+                pass  # a kernel that does not know it: the slab works all the same
         self.memory = memoryview(self._map)
         self.address = np.frombuffer(self._map, dtype=np.uint8).ctypes.data
         self._holes: list[tuple[int, int]] = [(0, pages)]

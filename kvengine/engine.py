@@ -82,10 +82,11 @@ class Engine:
             Writer(self._store, tier, number) for number, tier in enumerate(self._tiers)
         ]
         self._finder = Finder(self._tiers, time.monotonic, config.find_s)
-        self._leave = _watch(self)
+        self._ready = threading.Event()
         self._populating = threading.Thread(
             target=self._prepare, name="kvengine-prepare", daemon=True
         )
+        self._leave = _watch(self)
         self._populating.start()
 
     def __enter__(self) -> Engine:
@@ -367,6 +368,7 @@ class Engine:
         if self._detached or self._closed:
             return
         self._detached = True
+        self.metrics = Metrics()  # a lost thread may hold the locks of the other
         self._store.detach()
         self._transfers.detach()
         self._finder.detach()
@@ -400,9 +402,20 @@ class Engine:
 
     def _prepare(self) -> None:
         """Have compiled kernels and memory ready before the first save asks for them."""
-        launch.choose(None)
-        exercise()
+        try:
+            launch.choose(None)
+            exercise()
+        finally:
+            self._ready.set()
         self._store.arena.populate()
+
+    def _settle(self) -> None:
+        """Before a fork: let kernels be loaded first, for at most CLOSE_S.
+
+        A child would wait for ever for the lock of a module that a thread, lost to it, imports.
+        """
+        if threading.current_thread() is not self._populating:
+            self._ready.wait(CLOSE_S)
 
     def _alive(self) -> None:
         if self._closed:
@@ -490,10 +503,14 @@ def _watch(engine: Engine) -> Callable[[], None]:
         if (found := watched()) is not None:
             found.close()
 
+    def forks() -> None:
+        if (found := watched()) is not None:
+            found._settle()
+
     def forked() -> None:
         if (found := watched()) is not None:
             found.detach()
 
     atexit.register(leave)
-    os.register_at_fork(after_in_child=forked)
+    os.register_at_fork(before=forks, after_in_child=forked)
     return leave
