@@ -22,7 +22,7 @@ COLUMNS = 11
 # columns of Moves.segments
 FIRST, COUNT, OFFSET, NBYTES = range(4)
 
-GOOD, BAD = 1, 2  # verdicts
+GOOD, BAD, OVERFULL = 1, 2, 3  # verdicts; the last is of codecs whose rate is not fixed
 
 # A call that moves more than this writes past the caches: what it wrote first would be evicted
 # before the call ends, and a line written past them is not read from memory first.

@@ -25,6 +25,19 @@ def native() -> ModuleType | None:
         return None
 
 
+@functools.cache
+def _quantizers() -> ModuleType | None:
+    """Load the compiled CPU path of the lossy codecs, as `native` does."""
+    if native() is None:
+        return None
+    return importlib.import_module("kvengine.kernels.quant_native")
+
+
+def quantizers(wanted: bool | None) -> ModuleType | None:
+    """Choose the compiled path of the lossy codecs, as `choose` does."""
+    return None if choose(wanted) is None else _quantizers()
+
+
 def choose(wanted: bool | None) -> ModuleType | None:
     """Return the compiled path for None (where there is one) or True (raises ImportError)."""
     if wanted is False:

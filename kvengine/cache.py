@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kvengine.adapters.array import View, view
 from kvengine.errors import LayoutError
 from kvengine.kernels.copy import Moves
+from kvengine.kernels.rows import Rows
 from kvengine.layout import ITEM_BYTES, Layout
 
 Int64s = NDArray[np.int64]
@@ -64,22 +65,65 @@ class PagedCache:
     def moves(
         self,
         frames: Int64s,
-        block_table: NDArray[np.integer] | None,
-        slot_mapping: NDArray[np.integer] | None,
+        block_table: Int64s | None,
+        slot_mapping: Int64s | None,
     ) -> Moves:
         """Describe all bytes of a table. frames: address of each block's payload.
 
         Block table and slot mapping are those that `checked` returned.
         """
+        offsets = self._offsets(len(frames), block_table, slot_mapping)
         if slot_mapping is not None:
             if self._by_token is None:
                 self._by_token = self._table(by_token=True)
-            page, within = np.divmod(slot_mapping.reshape(len(frames), -1), self.page_tokens)
-            offsets = [page * s.block + within * s.token for s in self._strides]
-            return Moves(self._by_token, _stack(offsets), self.segments, frames)
-        assert block_table is not None and self._by_block is not None
-        offsets = [block_table.reshape(-1, 1) * s.block for s in self._strides]
-        return Moves(self._by_block, _stack(offsets), self.segments, frames)
+            return Moves(self._by_token, offsets, self.segments, frames)
+        assert self._by_block is not None
+        return Moves(self._by_block, offsets, self.segments, frames)
+
+    def rows(
+        self,
+        frames: Int64s,
+        block_table: Int64s | None,
+        slot_mapping: Int64s | None,
+        places: Int64s,
+        segments: Int64s,
+    ) -> Rows:
+        """Describe all elements of a table, head by head and token by token, for a codec.
+
+        places: where each encoded component begins in the payload; segments: as Rows has them.
+        Otherwise as `moves`. The layout is not opaque, and its dtype one that codecs know.
+        """
+        layout = self.layout
+        parts = len(layout.head_dims)
+        components = []
+        for number, given in enumerate(self._views):
+            strides = self._strides[self._groups[number]]
+            dim = layout.head_dims[number % parts]
+            token = 0 if slot_mapping is not None else strides.token
+            keys = int(number % parts == 0)
+            shape = (token, strides.head, layout.kv_heads, dim, keys, int(places[number]))
+            components.append((given.address, self._groups[number], *shape))
+        return Rows(
+            np.array(components, dtype=np.int64),
+            self._offsets(len(frames), block_table, slot_mapping),
+            segments,
+            frames,
+            layout.block_tokens,
+            layout.dtype,
+        )
+
+    def _offsets(
+        self,
+        count: int,
+        block_table: Int64s | None,
+        slot_mapping: Int64s | None,
+    ) -> Int64s:
+        """Give the offset of each unit of each block, [groups, blocks, units]."""
+        if slot_mapping is not None:
+            page, within = np.divmod(slot_mapping.reshape(count, -1), self.page_tokens)
+            return _stack([page * s.block + within * s.token for s in self._strides])
+        assert block_table is not None
+        return _stack([block_table.reshape(-1, 1) * s.block for s in self._strides])
 
     def checked(
         self, count_max: int, block_table: object, slot_mapping: object, *, unique: bool

@@ -17,28 +17,27 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvengine.arena import Arena
 from kvengine.cache import PagedCache
-from kvengine.codec import Codec, Raw
+from kvengine.codec import EXACT, forms_of
 from kvengine.compiled import Int32s
 from kvengine.config import Config
 from kvengine.errors import ClosedError, LayoutError
 from kvengine.kernels import launch
-from kvengine.kernels.copy import GOOD
 from kvengine.keys import FORMAT_VERSION, BlockKeys, Identity, Namespace
 from kvengine.layout import Layout
-from kvengine.lease import Bools, Lease, Reservation
+from kvengine.lease import Bools, Lease
 from kvengine.load import Load
 from kvengine.metrics import Metrics
 from kvengine.policy.lru import LRU
+from kvengine.save import Save
 from kvengine.store import Store, exercise
 from kvengine.tenants import DEFAULT, Tenants
 from kvengine.tiers import Tier
 from kvengine.tiers.disk import DiskTier
 from kvengine.tiers.finder import NOWHERE, Finder
-from kvengine.transfer import Job, Transfer, Transfers
+from kvengine.transfer import Transfer, Transfers
 from kvengine.writer import Writer
 
 CLOSE_S = 30.0
@@ -57,7 +56,6 @@ class Engine:
         self.metrics = Metrics()
         self._closed = False
         self._detached = False
-        self._codec: Codec = Raw()
         arena = Arena(config.memory_bytes)
         self._store = Store(
             arena,
@@ -112,7 +110,7 @@ class Engine:
         adapter: str = "",
         media: str = "",
         salt: str = "",
-        fidelity: str = "exact",
+        fidelity: str = EXACT,
         positional: str = "rope",
         pool: str = "target",
         source: str = "tokens",
@@ -121,11 +119,13 @@ class Engine:
 
         Everything that determines K/V besides the tokens is named here: two callers share blocks
         only where all of it is equal. `kv_dtype` is the layout's dtype where left out. `source`
-        names the serving engine's own hash where keys are made of it.
+        names the serving engine's own hash where keys are made of it. `fidelity` is "exact", or
+        "int8", "fp8", "int4" or "rot4": what is loaded then is close to what was saved, blocks
+        take a half or a quarter of the memory, and none of them answers another fidelity's key.
+        Raises LayoutError for a layout that the fidelity cannot take.
         """
         self._alive()
-        if fidelity != "exact":
-            raise LayoutError(f"fidelity {fidelity!r} is not supported yet, expected 'exact'")
+        forms = forms_of(fidelity, layout)
         identity = Identity(
             format_version=FORMAT_VERSION,
             tenant=DEFAULT,
@@ -135,14 +135,14 @@ class Engine:
             media=media,
             salt=salt,
             kv_dtype=kv_dtype or layout.dtype,
-            fidelity=fidelity,
+            fidelity=forms.usual.fidelity,
             layout=layout.digest(),
             positional=positional,
             pool=pool,
             source=source,
             epoch=self._tenants.epoch(),
         )
-        return self._store.namespace(identity, layout, self._tenants.secret())
+        return self._store.namespace(identity, layout, self._tenants.secret(), forms)
 
     def cache(
         self, namespace: Namespace, arrays: Sequence[object], *, writable: bool = True
@@ -213,38 +213,8 @@ class Engine:
         transfer = Transfer(count, layout.layers)
         if not count or self._gone(keys) or not self._transfers.begin(transfer):
             return self._refuse(transfer)
-        reservation = self._store.reserve(keys)
-        rows, good = reservation.indices, reservation.held
-        if not len(rows):
-            transfer.finish(good, 0)
-            return transfer
-        store, template = self._store, self._store.template(keys.namespace)
-        frames = store.arena.addresses(reservation.slots) + template.header_bytes
-        moves = cache.moves(
-            frames,
-            None if table is None else table[rows],
-            None if mapping is None else mapping.reshape(count, -1)[rows],
-        )
-        digests = np.zeros((len(rows), layout.layers, 2), dtype=np.uint64)
-
-        def done(verdicts: NDArray[np.uint8]) -> None:
-            whole = (verdicts == GOOD).all(axis=1)
-            self._write_headers(reservation, digests)
-            saved = store.commit(reservation, whole)
-            if saved:
-                good[rows] = whole
-            if self._finder:
-                self._finder.forget([keys.key(index) for index in rows.tolist()])
-            if len(rows) < count:
-                # A key named twice, or saved by another meanwhile.
-                np.logical_or(good, store.contains(keys), out=good)
-            transfer.finish(good, saved * layout.payload_bytes)
-            self._transfers.stand_back()
-            self.metrics.add("saved_blocks", saved)
-            self._pump()
-            store.make_room(keys.namespace, len(rows))
-
-        self._transfers.save(transfer, Job(moves, digests, rows, done, cache), self._codec)
+        parts = (self._store, self._transfers, self._finder, self.metrics, self._saved)
+        Save(*parts, transfer, keys, cache, table, mapping).start()
         return transfer
 
     def load(
@@ -271,12 +241,12 @@ class Engine:
         transfer = Transfer(count, layout.layers)
         if not count or self._gone(lease.keys) or not self._transfers.begin(transfer):
             return self._refuse(transfer)
-        ids, slots = self._store.pin(lease, first, count)
+        ids, slots, numbers = self._store.pin(lease, first, count)
         if not len(ids):
             return self._refuse(transfer)
         keys = lease.keys[first : first + count]
-        parts = (self._store, self._transfers, self._tiers, self._codec)
-        Load(*parts, transfer, keys, ids, cache, table, mapping).start(slots)
+        parts = (self._store, self._transfers, self._tiers)
+        Load(*parts, transfer, keys, ids, numbers, cache, table, mapping).start(slots)
         return transfer
 
     # Keeping house
@@ -455,18 +425,10 @@ class Engine:
         transfer.finish(transfer.good, 0, "refused")
         return transfer
 
-    def _write_headers(self, reservation: Reservation, digests: NDArray[np.uint64]) -> None:
-        keys, store = reservation.keys, self._store
-        indices = reservation.indices.tolist()
-        headers = store.template(keys.namespace).write(
-            [keys.key(index) for index in indices],
-            [keys.key(index - 1) if index else keys.parent for index in indices],
-            reservation.fill,
-            [keys.position + index for index in indices],
-            digests,
-        )
-        for slot, header in zip(reservation.slots.tolist(), headers, strict=True):
-            store.arena.view(slot, len(header))[:] = header
+    def _saved(self, keys: BlockKeys, count: int) -> None:
+        """After a save of so many of the blocks: write them below, make room for as many."""
+        self._pump()
+        self._store.make_room(keys.namespace, count)
 
     def _pump(self) -> None:
         """Give every tier the next committed blocks."""
@@ -477,21 +439,26 @@ class Engine:
         """Say for each key whether its block is held here, or in a tier that was asked."""
         held = self._store.contains(keys)
         found = self._found(keys)
-        return held if found is None else held | (found >= 0)
+        return held if found is None else held | (found[:, 0] >= 0)
 
     def _found(self, keys: BlockKeys) -> Int32s | None:
-        """Ask the remote tiers for what is not held here: a tier's number for each key, or -1.
+        """Ask the remote tiers for what is not held here.
 
-        None where there is no one, or nothing, to ask.
+        Returns int32[n, 2], the number of a tier or -1, and that of the form it holds; None where
+        there is no one, or nothing, to ask.
         """
         if not self._finder:
             return None
         lacking = np.flatnonzero(~self._store.contains(keys))
         if not len(lacking):
             return None
-        found = np.full(len(keys), NOWHERE, dtype=np.int32)
-        nbytes = self._store.space(keys.namespace.number).nbytes
-        found[lacking] = self._finder.find([keys.key(index) for index in lacking.tolist()], nbytes)
+        found = np.full((len(keys), 2), NOWHERE, dtype=np.int32)
+        for number in {form.number: None for form in self._store.forms(keys.namespace)}:
+            asked = [keys.key(index) for index in lacking.tolist()]
+            tiers = self._finder.find(asked, self._store.frame_bytes(number))
+            found[lacking, 0] = tiers
+            found[lacking, 1] = number
+            lacking = lacking[tiers == NOWHERE]
         return found
 
 

@@ -3,7 +3,7 @@
     offset  bytes  field
     0       4      magic "KVEF"
     4       2      format version (0)
-    6       2      encoding (0 raw)
+    6       2      encoding (0 raw, 1 lossless, 2 int8, 3 fp8, 4 int4, 5 rot4)
     8       4      header bytes: fixed part + segment table, padded to 4 KiB
     12      4      segments
     16      8      payload bytes
@@ -47,6 +47,12 @@ from kvengine.layout import LAYERS_MAX, PAYLOAD_BYTES_MAX, Layout
 MAGIC = b"KVEF"
 VERSION = 0
 ENCODING_RAW = 0
+ENCODING_LOSSLESS = 1
+ENCODING_INT8 = 2
+ENCODING_FP8 = 3
+ENCODING_INT4 = 4
+ENCODING_ROT4 = 5
+ENCODINGS = range(6)
 DIGEST_XXH3_128 = 1
 PAGE_BYTES = 4096
 FIXED_BYTES = 256
@@ -158,7 +164,7 @@ def decode(data: bytes | memoryview) -> Header:
     if _digest(whole[:-DIGEST_BYTES]) != whole[-DIGEST_BYTES:]:
         raise FrameError("the header's digest does not match: its bytes have changed")
     padding = whole[FIXED_BYTES + SEGMENT_BYTES * count : -DIGEST_BYTES]
-    if encoding != ENCODING_RAW or kind != DIGEST_XXH3_128 or flags or any(blank) or any(padding):
+    if encoding not in ENCODINGS or kind != DIGEST_XXH3_128 or flags or any(blank) or any(padding):
         raise FrameError(f"encoding {encoding}, digest kind {kind}, flags {flags}: not known here")
     tables = np.frombuffer(whole, "<u8", count * 4, FIXED_BYTES).reshape(2, count, 2)
     segments, digests = tables[0].copy(), tables[1].copy()
@@ -185,18 +191,29 @@ def decode(data: bytes | memoryview) -> Header:
 
 
 class Template:
-    """Headers of one namespace's frames, put together from pieces and taken apart again.
+    """Headers of one namespace's frames in one encoding, put together and taken apart again.
+
+    segment_bytes: uint64[layers], sizes of the encoded segments; those of `raw` if None.
 
     Only key, parent, fill, position and digests differ between frames of a namespace; the rest is
     laid down once here, and compared byte for byte on reading. Plain bytes, not arrays: after a
     large copy the processor's caches are cold, and an array operation then costs ten times more.
     """
 
-    def __init__(self, layout: Layout, identity: bytes) -> None:
-        sizes = np.full(layout.layers, layout.segment_bytes, dtype=np.uint64)
+    def __init__(
+        self,
+        layout: Layout,
+        identity: bytes,
+        encoding: int = ENCODING_RAW,
+        segment_bytes: NDArray[np.uint64] | None = None,
+    ) -> None:
+        sizes = segment_bytes
+        if sizes is None:
+            sizes = np.full(layout.layers, layout.segment_bytes, dtype=np.uint64)
         offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]]).astype(np.uint64)
         self.segments = np.stack([offsets, sizes], axis=1)
         self.header_bytes = header_bytes(layout.layers)
+        self.frame_bytes = self.header_bytes + int(sizes.sum())
         blank = Header(
             key=bytes(KEY_BYTES),
             parent=bytes(KEY_BYTES),
@@ -207,6 +224,7 @@ class Template:
             tokens=layout.block_tokens,
             segments=self.segments,
             digests=np.zeros((layout.layers, 2), dtype=np.uint64),
+            encoding=encoding,
         ).encode()
         self._step = DIGEST_BYTES * layout.layers
         self._digests_at = FIXED_BYTES + self._step

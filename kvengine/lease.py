@@ -69,6 +69,7 @@ class Reservation:
     def __init__(
         self,
         keys: BlockKeys,
+        number: int,
         ids: Int32s,
         indices: NDArray[np.intp],
         held: Bools,
@@ -78,6 +79,7 @@ class Reservation:
         dead: deque[bytes],
     ) -> None:
         self.keys = keys
+        self.number = number  # of the form that its slots are for
         self.indices = indices
         self.held = held
         self.slots = slots

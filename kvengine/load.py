@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvengine.arena import Slots
 from kvengine.cache import PagedCache
-from kvengine.codec import Codec
 from kvengine.compiled import Int32s
 from kvengine.index import NO_SLOT
 from kvengine.kernels.copy import BAD, GOOD
 from kvengine.keys import BlockKeys
 from kvengine.lease import Bools
 from kvengine.policy import NO_PARENT
-from kvengine.store import Store
+from kvengine.store import Form, Store
 from kvengine.tiers import DEADLINE_S, Span, Tier
 from kvengine.transfer import Job, Transfer, Transfers
 
@@ -33,10 +32,10 @@ class Load:
         store: Store,
         transfers: Transfers,
         tiers: Sequence[Tier],
-        codec: Codec,
         transfer: Transfer,
         keys: BlockKeys,
         ids: Int32s,
+        numbers: Int32s,
         cache: PagedCache,
         table: NDArray[np.int64] | None,
         mapping: NDArray[np.int64] | None,
@@ -44,11 +43,11 @@ class Load:
         self._store = store
         self._transfers = transfers
         self._tiers = tiers
-        self._codec = codec
-        self._template = store.template(keys.namespace)
+        self._forms = tuple(store.forms(keys.namespace))
         self._transfer = transfer
         self._keys = keys
         self._ids = ids
+        self._numbers = numbers  # of each block's form
         self._cache = cache
         self._table = table
         self._mapping = None if mapping is None else mapping.reshape(len(ids), -1)
@@ -60,20 +59,25 @@ class Load:
     def start(self, slots: Slots) -> None:
         """Cut the table into what is in memory and windows of what is not; begin them all."""
         here = np.flatnonzero(slots != NO_SLOT)
-        frame_bytes = self._store.space(self._keys.namespace.number).nbytes
-        step = max(1, FETCH_BYTES // frame_bytes)
         windows: list[tuple[int, NDArray[np.intp]]] = []
         if len(here) < len(slots):
             homes = np.where(slots == NO_SLOT, self._store.homes(self._ids), len(self._tiers))
             for tier in range(-1, len(self._tiers)):
-                away = np.flatnonzero(homes == tier)
-                windows += [(tier, away[at : at + step]) for at in range(0, len(away), step)]
+                windows += [(tier, rows) for rows in self._windows(np.flatnonzero(homes == tier))]
         self._left = 1 + len(windows)
         # A layer is there when every part's tasks are over; a window has none before it arrives.
         self._transfer.expect([((0, len(rows)), self._layers) for _, rows in windows])
         for tier, rows in windows:
             self._fetch(tier, rows)
         self._scatter(here, slots[here])
+
+    def _windows(self, rows: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
+        """Cut rows into windows of one form each."""
+        numbers = self._numbers[rows]
+        for number in dict.fromkeys(numbers.tolist()):
+            mine = rows[numbers == number]
+            step = max(1, FETCH_BYTES // self._store.frame_bytes(number))
+            yield from (mine[at : at + step] for at in range(0, len(mine), step))
 
     def _fetch(self, tier: int, rows: NDArray[np.intp]) -> None:
         """Read blocks of a tier into slots, then scatter them. Tier -1: dropped meanwhile."""
@@ -140,34 +144,70 @@ class Load:
         tier: int | None = None,
     ) -> None:
         """Verify headers, then segments, and fill the caller's cache."""
-        size = self._template.header_bytes
-        fine, digests = self._template.read(
-            (self._store.arena.view(slot, size) for slot in slots.tolist()),
-            [self._keys.key(row) for row in rows.tolist()],
-        )
-        tried = np.flatnonzero(fine)
+        good = np.zeros(len(rows), dtype=np.bool_)
+        bad = np.ones(len(rows), dtype=np.bool_)
+        jobs = []
+        for form in self._forms:
+            mine = np.flatnonzero(bad & (self._numbers[rows] == form.number))
+            size = form.template.header_bytes
+            fine, digests = form.template.read(
+                (self._store.arena.view(slot, size) for slot in slots[mine].tolist()),
+                [self._keys.key(row) for row in rows[mine].tolist()],
+            )
+            tried = mine[fine]
+            bad[tried] = False
+            if len(tried):
+                jobs.append((form, tried, digests[fine]))
+        left = [max(1, len(jobs))]
 
-        def done(verdicts: NDArray[np.uint8]) -> None:
-            good, bad = fine.copy(), ~fine
-            good[tried] = (verdicts == GOOD).all(axis=1)
-            bad[tried] = (verdicts == BAD).any(axis=1)
+        def ended() -> None:
+            with self._lock:
+                left[0] -= 1
+                last = left[0] == 0
+            if not last:
+                return
             self._good[rows] = good
             self._store.corrupt(self._ids[rows[bad]], tier)
             if after is not None:
                 after(good)
             self._part_done()
 
-        if not len(tried):
-            done(np.empty((0, 1), dtype=np.uint8))
-            return
+        if not jobs:
+            ended()
+        else:
+            # No layer is there before all of its jobs are.
+            self._transfer.expect([((0, len(rows)), self._layers)])
+            for form, tried, digests in jobs:
+                self._load(form, rows, tried, slots, digests, (good, bad), ended)
+            self._transfer.arrived(rows, self._layers)
+
+    def _load(
+        self,
+        form: Form,
+        rows: NDArray[np.intp],
+        tried: NDArray[np.intp],
+        slots: Slots,
+        digests: NDArray[np.uint64],
+        found: tuple[Bools, Bools],
+        ended: Callable[[], None],
+    ) -> None:
+        """Decode those of the rows whose headers are right and of one form."""
         chosen = rows[tried]
-        moves = self._cache.moves(
-            self._store.arena.addresses(slots[tried]) + size,
+        table = form.codec.table(
+            self._cache,
+            self._store.arena.addresses(slots[tried]) + form.template.header_bytes,
             None if self._table is None else self._table[chosen],
             None if self._mapping is None else self._mapping[chosen],
         )
-        job = Job(moves, digests[tried], chosen, done, self._cache)
-        self._transfers.load(self._transfer, job, self._codec)
+
+        def done(verdicts: NDArray[np.uint8]) -> None:
+            found[0][tried] = (verdicts == GOOD).all(axis=1)
+            found[1][tried] = (verdicts == BAD).any(axis=1)
+            ended()
+
+        self._transfers.load(
+            self._transfer, Job(table, digests, chosen, done, self._cache), form.codec
+        )
 
     def _part_done(self) -> None:
         with self._lock:

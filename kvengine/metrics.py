@@ -32,6 +32,7 @@ TABLE = (
     Series("kvengine_hit_blocks_total", "counter", ("tier",), "Blocks found, by where they were"),
     Series("kvengine_saved_blocks_total", "counter", (), "Blocks committed"),
     Series("kvengine_save_refused_blocks_total", "counter", (), "Blocks that found no room"),
+    Series("kvengine_overfull_blocks_total", "counter", (), "Blocks too large for their encoding"),
     Series("kvengine_evicted_blocks_total", "counter", ("reason",), "Blocks evicted from memory"),
     Series("kvengine_corrupt_blocks_total", "counter", ("tier",), "Blocks whose digest was wrong"),
     Series("kvengine_tier_failures_total", "counter", ("tier",), "Reads and writes that failed"),

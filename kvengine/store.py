@@ -11,16 +11,17 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvengine.arena import Arena, Slots
+from kvengine.codec import Codec, Forms, forms_of
 from kvengine.compiled import Int32s
 from kvengine.errors import LayoutError
-from kvengine.frame import PAGE_BYTES, Template, frame_bytes
+from kvengine.frame import PAGE_BYTES, Template
 from kvengine.index import (
     COMMITTED,
     DOOMED,
@@ -49,13 +50,24 @@ ROOM_TABLES = 8
 LOOPS_MAX = 32  # more than index and policy have
 
 
+FORM_BITS = 1  # a namespace has two numbers: its frames are of up to two sizes
+
+
 @dataclass(slots=True)
 class Space:
-    """What the store knows of a namespace: its slots' size, and how its headers are written."""
+    """What the store knows of frames of one size of a namespace. 0 bytes: none are known."""
 
     digest: bytes
     nbytes: int
-    template: Template | None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Form:
+    """One kind of frame of a namespace: which space, which codec, how headers are written."""
+
+    number: int
+    codec: Codec
+    template: Template
 
 
 class Store:
@@ -84,6 +96,7 @@ class Store:
         self._index = Index()
         self._tiers: list[Tier] = []
         self._spaces: list[Space] = []
+        self._forms: dict[int, Forms[Form]] = {}
         self._numbers: dict[bytes, int] = {}
         self._leases: dict[bytes, Lease] = {}
         self._reservations: dict[bytes, Reservation] = {}
@@ -97,40 +110,50 @@ class Store:
 
     # Namespaces and tiers
 
-    def namespace(self, identity: Identity, layout: Layout, secret: bytes) -> Namespace:
-        """Return the namespace of an identity; the same number for the same identity."""
+    def namespace(
+        self, identity: Identity, layout: Layout, secret: bytes, forms: Forms[Codec] | None = None
+    ) -> Namespace:
+        """Return the namespace of an identity; the same number for the same identity.
+
+        forms: its codecs, those of the identity's fidelity if None.
+        """
         if identity.layout != layout.digest():
             raise LayoutError("the identity names another layout than the one given")
         digest = identity.digest()
-        nbytes = frame_bytes(layout)
+        forms = forms or forms_of(identity.fidelity, layout)
+        assert forms.usual.fidelity == identity.fidelity
+        templates = {
+            each: Template(layout, digest, each.encoding, each.segment_bytes) for each in forms
+        }
+        sizes = {template.frame_bytes for template in templates.values()}
+        nbytes = max(sizes)
         if nbytes > self.arena.nbytes:
             raise LayoutError(
                 f"one block of this layout takes {nbytes} bytes, the arena has "
                 f"{self.arena.nbytes}: open the engine with more memory or use smaller blocks"
             )
+        assert len(sizes) <= 1 << FORM_BITS
         with self._lock:
-            number = self._number(digest, nbytes)
-            space = self._spaces[number]
-            if space.template is None:
-                space.template = Template(layout, digest)
-                space.nbytes = nbytes
+            numbers = {size: self._number(digest, size, keep=sizes) for size in sizes}
+            made = forms.map(
+                lambda each: Form(numbers[templates[each].frame_bytes], each, templates[each])
+            )
+            number = made.usual.number
+            self._forms.setdefault(number, made)
         return Namespace(identity, layout, number, digest, identity.root(secret))
 
     def knows(self, namespace: Namespace) -> bool:
         """Say whether a namespace was made by this store: numbers of others mean other sizes."""
         number = namespace.number
-        known = self._spaces[number] if number < len(self._spaces) else None
-        return known is not None and known.digest == namespace.digest and bool(known.template)
+        return number in self._forms and self._spaces[number].digest == namespace.digest
 
-    def space(self, number: int) -> Space:
-        """Return what is known of a namespace."""
-        return self._spaces[number]
+    def frame_bytes(self, number: int) -> int:
+        """Return the size of a form's frames."""
+        return self._spaces[number].nbytes
 
-    def template(self, namespace: Namespace) -> Template:
-        """Return how the headers of a namespace's frames are written and read."""
-        template = self._spaces[namespace.number].template
-        assert template is not None  # set when the namespace was made
-        return template
+    def forms(self, namespace: Namespace) -> Forms[Form]:
+        """Return what a namespace's blocks are saved as."""
+        return self._forms[namespace.number]
 
     def attach(self, tier: Tier) -> int:
         """Take in a tier and the blocks that it holds. Returns how many."""
@@ -168,7 +191,8 @@ class Store:
     def match(self, keys: BlockKeys, found: Int32s | None = None) -> Lease:
         """Hold the leading blocks that are here or in a tier; the lease says how many.
 
-        `found`: the number of the remote tier that has said to hold each key's block, or -1.
+        `found`: int32[n, 2], the number of the remote tier that has said to hold each key's block
+        or -1, and the number of the form that it holds.
         """
         now = self._clock()
         with self._lock:
@@ -188,17 +212,19 @@ class Store:
             if self._leases.pop(lease.token, None) is not None:
                 self._unlease(lease.ids)
 
-    def pin(self, lease: Lease, first: int, count: int) -> tuple[Int32s, Slots]:
-        """Hold blocks of a live lease for a transfer: their ids and slots (NO_SLOT: in a tier).
+    def pin(self, lease: Lease, first: int, count: int) -> tuple[Int32s, Slots, Int32s]:
+        """Hold blocks of a live lease for a transfer.
 
-        Empty where the lease has ended. `unpin` gives them back.
+        Returns their ids, slots (NO_SLOT: in a tier) and numbers of forms; empty where the lease
+        has ended. `unpin` gives them back.
         """
         with self._lock:
             if lease.token not in self._leases:
-                return EMPTY, EMPTY
+                return EMPTY, EMPTY, EMPTY
             ids = lease.ids[first : first + count]
             self._index.lease(ids)
-            return ids, self._index.rows[ids, SLOT]
+            rows = self._index.rows[ids]
+            return ids, rows[:, SLOT], rows[:, NAMESPACE]
 
     def unpin(self, ids: Int32s) -> None:
         """Give back what `pin` held."""
@@ -218,14 +244,14 @@ class Store:
 
     # reserve → fill → commit
 
-    def reserve(self, keys: BlockKeys) -> Reservation:
-        """Reserve slots for the keys not yet held.
+    def reserve(self, keys: BlockKeys, form: Form | None = None) -> Reservation:
+        """Reserve slots for the keys not yet held; `form` is the usual one if None.
 
         Takes free slots and clean victims, never waits for I/O; may reserve fewer, from the start
         of the table. Never raises for want of room.
         """
         now = self._clock()
-        number = keys.namespace.number
+        number = keys.namespace.number if form is None else form.number
         nbytes = self._spaces[number].nbytes
         with self._lock:
             self._sweep(now)
@@ -255,7 +281,7 @@ class Store:
                 parents[0] = self._parent(keys)
             deadline = now + self._reservation_s
             reservation = Reservation(
-                keys, new, indices, held, slots, parents, deadline, self._dead
+                keys, number, new, indices, held, slots, parents, deadline, self._dead
             )
             if len(new):
                 self._reservations[reservation.token] = reservation
@@ -275,10 +301,10 @@ class Store:
                 return 0
             ids = reservation.ids
             if not good.all():
-                self._unreserve(ids[~good], reservation.slots[~good], reservation.keys)
+                self._unreserve(ids[~good], reservation.slots[~good], reservation.number)
                 ids = ids[good]
             self._index.rows[ids, STATE] = COMMITTED
-            nbytes = self._spaces[reservation.keys.namespace.number].nbytes
+            nbytes = self._spaces[reservation.number].nbytes
             for run in _runs(reservation, good, nbytes):
                 self._policy.added(run, now)
             takers = self._takers(len(ids), nbytes)
@@ -353,7 +379,7 @@ class Store:
             return self._clean.wait_for(lambda: self._unwritten == 0, timeout_s)
 
     def take_slots(self, ids: Int32s) -> tuple[Slots, list[Span]]:
-        """Lend slots to read pinned blocks into; fewer where the arena gives no more."""
+        """Lend slots to read pinned blocks of one form into; fewer where the arena has no more."""
         if not len(ids):
             return EMPTY, []
         with self._lock:
@@ -482,17 +508,32 @@ class Store:
 
     # Under the lock
 
-    def _number(self, digest: bytes, nbytes: int) -> int:
-        number = self._numbers.get(digest)
-        if number is None:
-            number = self._numbers[digest] = len(self._spaces)
-            self._spaces.append(Space(digest, nbytes, None))
-        return number
+    def _number(self, digest: bytes, nbytes: int, keep: Container[int] = ()) -> int:
+        """Return the number of a namespace's frames of one size; -1 where it has two others.
+
+        A size that is none of `keep`, if those are given, gives way: no frame has it any more.
+        """
+        first = self._numbers.get(digest)
+        if first is None:
+            first = self._numbers[digest] = len(self._spaces)
+            self._spaces += [Space(digest, 0) for _ in range(1 << FORM_BITS)]
+        numbers = range(first, first + (1 << FORM_BITS))
+        for number in numbers:
+            if self._spaces[number].nbytes in (nbytes, 0):
+                self._spaces[number].nbytes = nbytes
+                return number
+        for number in numbers if keep else ():
+            if self._spaces[number].nbytes not in keep:
+                self._spaces[number].nbytes = nbytes
+                return number
+        return UNKNOWN
 
     def _adopt(self, tier: int, held: Held) -> int:
+        number = self._number(held.identity, held.frame_bytes)
+        if number == UNKNOWN:
+            return 0
         keys = np.ascontiguousarray(held.keys)
         ids, fresh = self._index.claim(keys.view("<u8").reshape(-1, KEY_BYTES // 8))
-        number = self._number(held.identity, held.frame_bytes)
         rows = self._index.rows
         rows[ids[fresh], SLOT] = NO_SLOT
         rows[ids[fresh], LEASES] = 0
@@ -519,7 +560,8 @@ class Store:
         """Return which ids are blocks of this namespace, and which of them are in memory."""
         rows = self._index.rows[ids]
         state = rows[:, STATE]
-        here = (ids >= 0) & ((state & STATE_MASK) == COMMITTED) & (rows[:, NAMESPACE] == number)
+        mine = rows[:, NAMESPACE] >> FORM_BITS == number >> FORM_BITS
+        here = (ids >= 0) & ((state & STATE_MASK) == COMMITTED) & mine
         in_memory = here & (rows[:, SLOT] != NO_SLOT)
         return in_memory | (here & (state >> TIER_SHIFT != 0)), in_memory
 
@@ -580,15 +622,18 @@ class Store:
     def _take_in(self, keys: BlockKeys, found: Int32s) -> None:
         """Enter the leading blocks that remote tiers hold; whoever leases them keeps them here."""
         number = keys.namespace.number
-        count = _leading(self._present(self._index.find(keys.words), number)[0] | (found >= 0))
-        rows = np.flatnonzero(found[:count] >= 0)
+        present = self._present(self._index.find(keys.words), number)[0]
+        count = _leading(present | (found[:, 0] >= 0))
+        rows = np.flatnonzero(found[:count, 0] >= 0)
         if not len(rows):
             return
         ids, fresh = self._index.claim(np.ascontiguousarray(keys.words[rows]))
         self._index.rows[ids[fresh]] = (NO_SLOT, 0, number, COMMITTED)
+        self._index.rows[ids[fresh], NAMESPACE] = found[rows[fresh], 1]
         known = self._index.states(ids) == COMMITTED  # not those that someone is filling
-        for tier in set(found[rows].tolist()):
-            self._index.add_tier(ids[known & (found[rows] == tier)], tier)
+        known &= self._index.rows[ids, NAMESPACE] == found[rows, 1]  # nor those of another form
+        for tier in set(found[rows, 0].tolist()):
+            self._index.add_tier(ids[known & (found[rows, 0] == tier)], tier)
 
     def _give_slots(self, ids: Int32s) -> bool:
         """Give entries' slots back to the arena. Returns whether they had several sizes."""
@@ -651,10 +696,10 @@ class Store:
         for tier in self._tiers:
             tier.drop(asked or keys if tier.remote else keys)
 
-    def _unreserve(self, ids: Int32s, slots: Slots, keys: BlockKeys) -> None:
+    def _unreserve(self, ids: Int32s, slots: Slots, number: int) -> None:
         if len(ids):
             self._index.rows[ids, LEASES] = 0
-            self.arena.give(self._spaces[keys.namespace.number].nbytes, slots)
+            self.arena.give(self._spaces[number].nbytes, slots)
             self._discard(ids)
 
     def _sweep(self, now: float) -> None:
@@ -673,7 +718,7 @@ class Store:
             if reservation.deadline > now:
                 break
             del self._reservations[reservation.token]
-            nbytes = self._spaces[reservation.keys.namespace.number].nbytes
+            nbytes = self._spaces[reservation.number].nbytes
             self._quarantine[reservation.token] = (nbytes, reservation.slots)
             self._index.rows[reservation.ids, LEASES] = 0
             self._discard(reservation.ids)

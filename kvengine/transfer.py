@@ -18,8 +18,8 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from kvengine.codec import Codec, Range
-from kvengine.kernels.copy import BAD, GOOD, Moves
+from kvengine.codec import Codec, Range, Table
+from kvengine.kernels.copy import BAD, GOOD
 from kvengine.workers import Workers
 
 TASK_BYTES = 8 << 20, 16 << 20  # at least, so that a call streams past the caches, and at most
@@ -138,7 +138,7 @@ class Job:
     until the job is over: the arrays behind the addresses.
     """
 
-    moves: Moves
+    table: Table
     digests: NDArray[np.uint64]
     rows: NDArray[np.intp]
     on_done: Callable[[NDArray[np.uint8]], None]
@@ -165,8 +165,7 @@ class Transfers:
         verdicts = np.zeros(job.digests.shape[:2], dtype=np.uint8)
 
         def work(blocks: Range, segments: Range) -> None:
-            codec.encode(job.moves, blocks, segments, job.digests)
-            verdicts[slice(*blocks), slice(*segments)] = GOOD
+            codec.encode(job.table, blocks, segments, job.digests, verdicts)
 
         self._run(transfer, job, verdicts, work, loads=False)
 
@@ -175,7 +174,7 @@ class Transfers:
         verdicts = np.zeros(job.digests.shape[:2], dtype=np.uint8)
 
         def work(blocks: Range, segments: Range) -> None:
-            codec.decode(job.moves, blocks, segments, job.digests, verdicts)
+            codec.decode(job.table, blocks, segments, job.digests, verdicts)
 
         self._run(transfer, job, verdicts, work, loads=True)
 
@@ -217,7 +216,7 @@ class Transfers:
         *,
         loads: bool,
     ) -> None:
-        tasks = _tasks(job.moves, self._workers.count)
+        tasks = _tasks(job.table, self._workers.count)
         left = [len(tasks)]
         with self._lock:
             self._jobs += 1
@@ -254,10 +253,13 @@ class Transfers:
                 runs()
 
 
-def _tasks(moves: Moves, threads: int) -> list[tuple[Range, Range]]:
-    """Cut a table into two pieces a thread or more: layers first, blocks where layers are large."""
-    blocks, segments = len(moves.frames), len(moves.segments)
-    segment_bytes = max(1, int(moves.segments[0, 3]))
+def _tasks(table: Table, threads: int) -> list[tuple[Range, Range]]:
+    """Cut a table into two pieces a thread or more: layers first, blocks where layers are large.
+
+    Sizes are of the caller's bytes.
+    """
+    blocks, segments = len(table.frames), len(table.segments)
+    segment_bytes = max(1, table.block_nbytes // segments)
     low, high = TASK_BYTES
     size = min(max(low, blocks * segments * segment_bytes // (2 * threads)), high)
     block_step = max(1, min(blocks, size // segment_bytes))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 import kvengine
 import rig
 from kvengine import Engine, Layout, LayoutError
+from kvengine.codec import Raw
 from kvengine.frame import frame_bytes
 
 POOL = 12  # blocks of a cache
@@ -446,13 +447,13 @@ def test_a_lease_that_ends_while_its_load_runs(tmp_path, monkeypatch):
         source, target = rig.caches(F32, 6, 1), rig.caches(F32, 6)
         rig.save(engine, keys, source)
         assert engine.flush(rig.WAIT_S)
-        gate, decode = threading.Event(), engine._codec.decode
+        gate, decode = threading.Event(), Raw.decode
 
         def late(*given: object) -> None:
             gate.wait(rig.WAIT_S)
             decode(*given)
 
-        monkeypatch.setattr(type(engine._codec), "decode", lambda _, *given: late(*given))
+        monkeypatch.setattr(Raw, "decode", lambda *given: late(*given))
         transfer = engine.load(engine.match(keys), target, range(6))
         assert rig.poll(lambda: not (engine.match(keys[:0]), engine.stats()["leases"])[1])
         engine.squeeze(0)

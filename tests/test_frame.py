@@ -219,7 +219,7 @@ def test_a_cut_header_does_not_hide_its_neighbours():
     [
         (0, "4B", b"KVEG", "begins with b'KVEG', expected b'KVEF'"),
         (4, "H", [1], "version 1, this reader knows 0"),
-        (6, "H", [1], "encoding 1.*not known"),
+        (6, "H", [6], "encoding 6.*not known"),
         (8, "I", [8192], "header of 8192 bytes does not hold 2 segments"),
         (8, "I", [0], "header of 0 bytes"),
         (12, "I", [0], "does not hold 0 segments"),

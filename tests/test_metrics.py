@@ -10,6 +10,7 @@ FROZEN = {
     "kvengine_hit_blocks_total": ("counter", ("tier",)),
     "kvengine_saved_blocks_total": ("counter", ()),
     "kvengine_save_refused_blocks_total": ("counter", ()),
+    "kvengine_overfull_blocks_total": ("counter", ()),
     "kvengine_evicted_blocks_total": ("counter", ("reason",)),
     "kvengine_corrupt_blocks_total": ("counter", ("tier",)),
     "kvengine_tier_failures_total": ("counter", ("tier",)),

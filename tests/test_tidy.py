@@ -28,12 +28,15 @@ LAYERS = (
     ("errors", "compiled", "workers", "kernels.native", "kernels.build"),
     ("metrics", "policy", "layout", "adapters.array", "kernels.launch", "kernels.memory"),
     ("policy.*", "keys", "arena", "kernels.digest"),
-    ("kernels.copy", "kernels.quant", "kernels.lossless", "peer.ring"),
-    ("config", "frame", "tenants", "kernels.device"),
-    ("codec", "cache", "index", "lease", "tiers", "peer.messages", "kernels.variants"),
+    ("kernels.copy", "peer.ring"),
+    ("kernels.rows",),
+    ("kernels.quant", "kernels.lossless"),
+    ("config", "frame", "tenants", "kernels.device", "kernels.*_native"),
+    ("cache", "index", "lease", "tiers", "peer.messages", "kernels.*_device"),
+    ("codec", "kernels.variants"),
     ("tiers.*", "transfer", "peer.node", "peer.wire", "peer.membership"),
     ("store", "peer.tier", "peer.client"),
-    ("trace", "plan", "load", "writer"),
+    ("trace", "plan", "load", "save", "writer"),
     ("engine",),
     ("",),
     ("server", "web", "adapters.torch", "adapters.jax", "adapters.vllm_identity"),
@@ -44,9 +47,22 @@ LAYERS = (
 # Whoever may import is above, but these may not: tiers and peers are handed to the store.
 NEVER = (("store", "tiers.*"), ("store", "peer.*"))
 # Imports of our own inside a function: (who, what).
-LAZY = (("transfer", "kernels.*"), ("cli", "*"), ("", "*"), ("kernels.launch", "kernels.native"))
+LAZY = (
+    ("transfer", "kernels.*"),
+    ("cli", "*"),
+    ("", "*"),
+    ("kernels.launch", "kernels.native"),
+    ("kernels.launch", "kernels.*_native"),
+)
 # Modules whose whole purpose is a framework, or that are imported only where it is there.
-FRAMEWORK = ("adapters.*", "demo", "kernels.device", "kernels.native")
+FRAMEWORK = (
+    "adapters.*",
+    "demo",
+    "kernels.device",
+    "kernels.native",
+    "kernels.*_device",
+    "kernels.*_native",
+)
 FRAMEWORK_LAZY = (*FRAMEWORK, "kernels.*", "compiled")
 LIGHT = ("adapters", "adapters.array")
 DYNAMIC = ("", "cli")  # may import a module whose name they compute

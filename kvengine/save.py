@@ -1,0 +1,153 @@
+"""One save under way: reserve → encode into slots → commit, for each form that its blocks take."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvengine.cache import PagedCache
+from kvengine.kernels.copy import GOOD, OVERFULL
+from kvengine.keys import BlockKeys
+from kvengine.lease import Reservation
+from kvengine.metrics import Metrics
+from kvengine.store import Form, Store
+from kvengine.tiers.finder import Finder
+from kvengine.transfer import Job, Transfer, Transfers
+
+
+class Save:
+    """One save under way. The first block of a prompt may take a form of its own.
+
+    `on_saved` is called after each commit, on a transfer's thread.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        transfers: Transfers,
+        finder: Finder,
+        metrics: Metrics,
+        on_saved: Callable[[BlockKeys, int], None],
+        transfer: Transfer,
+        keys: BlockKeys,
+        cache: PagedCache,
+        table: NDArray[np.int64] | None,
+        mapping: NDArray[np.int64] | None,
+    ) -> None:
+        self._store = store
+        self._transfers = transfers
+        self._finder = finder
+        self._metrics = metrics
+        self._on_saved = on_saved
+        self._transfer = transfer
+        self._keys = keys
+        self._cache = cache
+        self._table = table
+        self._mapping = None if mapping is None else mapping.reshape(len(keys), -1)
+        self._good = np.zeros(len(keys), dtype=np.bool_)
+        self._forms = store.forms(keys.namespace)
+        self._saved = 0
+        self._left = 1
+        self._lock = threading.Lock()
+
+    def start(self) -> None:
+        """Reserve what is not held yet, and begin to encode it."""
+        forms, count = self._forms, len(self._keys)
+        head = 1 if self._keys.position == 0 and forms.first is not forms.usual else 0
+        if head:
+            self._part(0, head, forms.first)
+        if count > head:
+            self._part(head, count, forms.usual)
+        self._part_done()
+
+    def _part(self, first: int, last: int, form: Form) -> None:
+        """Begin to save blocks first..last of the table in one form."""
+        whole = last - first == len(self._keys)
+        keys = self._keys if whole else self._keys[first:last]
+        reservation = self._store.reserve(keys, form)
+        self._good[first:last] |= reservation.held
+        if not len(reservation):
+            return
+        rows = reservation.indices + first
+        frames = self._store.arena.addresses(reservation.slots) + form.template.header_bytes
+        table = form.codec.table(
+            self._cache,
+            frames,
+            None if self._table is None else self._table[rows],
+            None if self._mapping is None else self._mapping[rows],
+        )
+        digests = np.zeros((len(rows), keys.namespace.layout.layers, 2), dtype=np.uint64)
+
+        def done(verdicts: NDArray[np.uint8]) -> None:
+            self._encoded(form, reservation, first, digests, verdicts)
+
+        with self._lock:
+            self._left += 1
+        job = Job(table, digests, rows, done, self._cache)
+        self._transfers.save(self._transfer, job, form.codec)
+
+    def _encoded(
+        self,
+        form: Form,
+        reservation: Reservation,
+        first: int,
+        digests: NDArray[np.uint64],
+        verdicts: NDArray[np.uint8],
+    ) -> None:
+        """Commit what is whole; save what found no room in the spare form, which has room."""
+        whole = (verdicts == GOOD).all(axis=1)
+        self._write_headers(form, reservation, digests)
+        saved = self._store.commit(reservation, whole)
+        rows = reservation.indices + first
+        if saved:
+            self._good[rows] |= whole
+        with self._lock:
+            self._saved += saved
+        if self._finder:
+            self._finder.forget([reservation.keys.key(i) for i in reservation.indices.tolist()])
+        if not whole.all():
+            full = ((verdicts == GOOD) | (verdicts == OVERFULL)).all(axis=1) & ~whole
+            self._save_overfull(rows[full], form)
+        self._part_done()
+        self._transfers.stand_back()
+        self._metrics.add("saved_blocks", saved)
+        self._on_saved(reservation.keys, len(rows))
+
+    def _save_overfull(self, rows: NDArray[np.intp], form: Form) -> None:
+        """Save blocks again, in the form that has room for all."""
+        if not len(rows):
+            return
+        self._metrics.add("overfull_blocks", len(rows))
+        spare = self._forms.spare
+        if spare is not None and spare is not form:
+            for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+                self._part(int(run[0]), int(run[-1]) + 1, spare)
+
+    def _write_headers(
+        self, form: Form, reservation: Reservation, digests: NDArray[np.uint64]
+    ) -> None:
+        keys, view = reservation.keys, self._store.arena.view
+        indices = reservation.indices.tolist()
+        headers = form.template.write(
+            [keys.key(index) for index in indices],
+            [keys.key(index - 1) if index else keys.parent for index in indices],
+            reservation.fill,
+            [keys.position + index for index in indices],
+            digests,
+        )
+        for slot, header in zip(reservation.slots.tolist(), headers, strict=True):
+            view(slot, len(header))[:] = header
+
+    def _part_done(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            if not self._good.all():
+                # A key named twice, or saved by another meanwhile.
+                self._good |= self._store.contains(self._keys)
+            nbytes = self._saved * self._keys.namespace.layout.payload_bytes
+            self._transfer.finish(self._good, nbytes)

@@ -1,0 +1,230 @@
+"""kvengine.codec, by the engine's verbs: lossy blocks are close, verified, and never exact ones."""
+
+from collections.abc import Iterator
+
+import msgspec
+import numpy as np
+import pytest
+
+import kvengine
+import rig
+from kvengine import Engine, Layout, LayoutError
+from kvengine.codec import Forms, Quantised, Raw, forms_of
+from kvengine.frame import frame_bytes
+from kvengine.kernels import copy, quant
+
+POOL = 9
+# The largest mean square error of normal values over theirs: what 8 and 4 bits can do.
+WORST = {"int8": 5e-4, "fp8": 1e-3, "int4": 0.015, "rot4": 0.015}
+LAYOUTS = {
+    "bf16": rig.layout(dtype="bfloat16", head_dim=64, head_dim_v=64),
+    "hnd": rig.layout(dtype="float16", head_dim=80, head_dim_v=96, order="HND"),
+    "flat": rig.layout(dtype="float32", head_dim=48, head_dim_v=128, paged=False),
+    "latent": rig.layout(dtype="bfloat16", kv_heads=1, head_dim=576, head_dim_v=0),
+}
+each_scheme = pytest.mark.parametrize("scheme", quant.SCHEMES)
+
+
+@pytest.fixture(params=["memory", "disk"])
+def engine(request: pytest.FixtureRequest, tmp_path) -> Iterator[Engine]:
+    disk = f" | file://{tmp_path}?size=64M" if request.param == "disk" else ""
+    with kvengine.open(f"mem://?size=16M{disk}") as opened:
+        yield opened
+        opened.check()
+
+
+def normal(of: Layout, blocks: int, seed: int = 0) -> rig.Caches:
+    """A cache of values as K/V have them: each channel has a scale of its own."""
+    draw = np.random.default_rng(seed)
+    made = rig.caches(of, blocks)
+    for layer in made:
+        for array in layer:
+            wide = draw.standard_normal(array.shape, np.float32)
+            wide *= np.exp(draw.normal(0, 0.7, array.shape[-1])).astype(np.float32)
+            array[...] = wide.astype(array.dtype)
+    return made
+
+
+def values(of: Layout, cache: rig.Caches, table: list[int]) -> np.ndarray:
+    """The values of a cache's blocks, in order."""
+    slots = rig.slots_of(of, table)
+    dtype = rig.numpy_dtype(of.dtype)
+    parts = [
+        np.ascontiguousarray(rig.by_token(of, array)[slots]).view(dtype).astype(np.float64)
+        for layer in cache
+        for array in layer
+    ]
+    return np.concatenate([part.reshape(-1) for part in parts])
+
+
+def error(of: Layout, one: rig.Caches, here: list[int], other: rig.Caches, there: list[int]):
+    given, found = values(of, one, here), values(of, other, there)
+    return ((given - found) ** 2).mean() / (given**2).mean()
+
+
+def below(engine: Engine) -> None:
+    """Move all that is held to the disk, where there is one."""
+    assert engine.flush(rig.WAIT_S)
+    if engine.stats()["tier_blocks"]:
+        engine.squeeze(0)
+        assert engine.stats()["memory_blocks"] == 0
+
+
+@each_scheme
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_what_comes_back_is_close(engine, scheme, name):
+    of = LAYOUTS[name]
+    tokens = rig.prompt(5, of)
+    keys = rig.names(engine, of, fidelity=scheme).keys(tokens)
+    source, target = normal(of, POOL), rig.caches(of, POOL)
+    given, places = [7, 0, 3, 8, 2], [1, 8, 4, 6, 0]
+    saved = rig.save(engine, keys, source, given)
+    assert saved.good.all() and saved.error is None
+    below(engine)
+    loaded = rig.load(engine, keys, target, places)
+    assert loaded.good.all() and loaded.nbytes == 5 * of.payload_bytes
+    assert rig.untouched(of, target, rig.slots_of(of, places))
+    assert error(of, source, given, target, places) < WORST[scheme]
+    # The first block of a prompt keeps 8 bits or more.
+    assert error(of, source, given[:1], target, places[:1]) < WORST["fp8"]
+    # The same blocks by their slots.
+    again = rig.caches(of, POOL)
+    rig.load(engine, keys, again, slot_mapping=rig.slots_of(of, places))
+    assert rig.same(of, again, rig.slots_of(of, places), target, rig.slots_of(of, places))
+    assert engine.stats()["corrupt_blocks"] == 0
+
+
+@each_scheme
+def test_a_lossy_block_never_answers_another_fidelity(engine, scheme):
+    of = LAYOUTS["bf16"]
+    tokens = rig.prompt(3, of)
+    rig.save(engine, rig.names(engine, of, fidelity=scheme).keys(tokens), normal(of, 3))
+    for other in ("exact", *quant.SCHEMES):
+        keys = rig.names(engine, of, fidelity=other).keys(tokens)
+        assert engine.probe(keys) == (3 if other == scheme else 0)
+
+
+@each_scheme
+def test_a_flipped_bit_is_found(engine, scheme):
+    of = LAYOUTS["bf16"]
+    names = rig.names(engine, of, fidelity=scheme)
+    keys = names.keys(rig.prompt(4, of))
+    rig.save(engine, keys, normal(of, 4))
+    forms = engine._store.forms(names)
+    draw = np.random.default_rng(1)
+    for block in range(4):
+        form = forms.usual if block else forms.first
+        target = rig.caches(of, 4)
+        with engine.match(keys[block : block + 1]) as lease:
+            ids, slots, _ = engine._store.pin(lease, 0, 1)
+            at = draw.integers(form.template.header_bytes, form.template.frame_bytes)
+            engine._store.arena.view(int(slots[0]), form.template.frame_bytes)[at] ^= 1 << at % 8
+            engine._store.unpin(ids)
+            loaded = engine.load(lease, target, [block])
+            assert loaded.wait(rig.WAIT_S)
+        assert not loaded.good.any()
+        good = loaded._verdicts == copy.GOOD
+        assert good.sum() == of.layers - 1  # the other layer is right
+        assert engine.stats()["corrupt_blocks"] == block + 1
+
+
+def test_frames_are_smaller_and_the_first_is_not(engine):
+    of = rig.layout(dtype="bfloat16", head_dim=128, head_dim_v=128, kv_heads=8, block_tokens=64)
+    ratios = {"int8": 1.96, "fp8": 1.96, "int4": 3.55, "rot4": 3.87}
+    for scheme, ratio in ratios.items():
+        forms = forms_of(scheme, of)
+        sizes = [int(form.segment_bytes.sum()) for form in (forms.usual, forms.first)]
+        assert of.payload_bytes / sizes[0] == pytest.approx(ratio, abs=0.01)
+        assert of.payload_bytes / sizes[1] == pytest.approx(ratios["int8"], abs=0.01)
+        assert (
+            sizes[0]
+            == sum(sum(quant.planes(scheme, 8, 64, 128, keys)) for keys in (True, False))
+            * of.layers
+        )
+
+
+@pytest.mark.parametrize(
+    ("fidelity", "changes", "says"),
+    [
+        ("int9", {}, "'int9' is not known, expected one of exact, int8, fp8, int4, rot4"),
+        ("int8 v9", {}, "is not known"),
+        ("int8", {"dtype": "uint8"}, "'int8' of uint8, expected a layout of bfloat16"),
+        ("fp8", {"dtype": "float8_e4m3fn"}, "of float8_e4m3fn, .*: ask for 'exact'"),
+        ("int4", {"head_dim": 33}, "packs channels in pairs: heads of 33 are odd; ask for"),
+        ("rot4", {"head_dim": 40}, "rot4 rotates 16 channels or more: heads of 40"),
+    ],
+)
+def test_a_fidelity_that_does_not_fit_is_named(engine, fidelity, changes, says):
+    with pytest.raises(LayoutError, match=says):
+        rig.names(engine, rig.layout(**changes), fidelity=fidelity)
+    opaque = Layout.opaque(layers=2, page_bytes=64, block_tokens=16, permutation="x")
+    with pytest.raises(LayoutError, match="of opaque pages"):
+        rig.names(engine, opaque, fidelity="int8")
+
+
+def test_what_was_lossy_and_what_is_exact_share_the_memory(engine):
+    """Frames of several sizes in one namespace: slots come and go, all blocks stay right."""
+    of = LAYOUTS["bf16"]
+    kept = []
+    for turn in range(12):
+        scheme = ("int4", "exact", "rot4", "int8")[turn % 4]
+        keys = rig.names(engine, of, fidelity=scheme, salt=str(turn % 3)).keys(
+            rig.prompt(40, of, turn)
+        )
+        source = normal(of, 40, turn)
+        assert rig.save(engine, keys, source).good.all()
+        kept.append((keys, source, WORST.get(scheme, 0.0)))
+        engine.squeeze(1 << 20)
+    for keys, source, worst in kept:
+        target = rig.caches(of, 40)
+        good = np.flatnonzero(rig.load(engine, keys, target).good).tolist()
+        if good:
+            assert error(of, source, good, target, good) <= worst
+
+
+class Overfull(Quantised):
+    """A codec, called exact here, that finds no room for a third of all blocks, in one layer."""
+
+    def __init__(self, of: Layout) -> None:
+        super().__init__(of, "fp8")
+        self.encoding, self.fidelity = 1, "exact"
+
+    def table(self, cache, frames, block_table, slot_mapping):
+        self.blocks = block_table
+        return super().table(cache, frames, block_table, slot_mapping)
+
+    def encode(self, table, blocks, segments, digests, verdicts):
+        super().encode(table, blocks, segments, digests, verdicts)
+        for n in range(*blocks):
+            if self.blocks[n] % 3 == 1:
+                verdicts[n, segments[0]] = copy.OVERFULL
+
+
+def test_an_overfull_block_is_saved_in_the_spare_form(engine):
+    of = LAYOUTS["bf16"]
+    overfull, raw = Overfull(of), Raw(of)
+    identity = msgspec.structs.replace(rig.names(engine, of).identity, salt="overfull")
+    forms = Forms(overfull, overfull, raw)
+    names = engine._store.namespace(identity, of, bytes(32), forms)
+    keys = names.keys(rig.prompt(POOL, of))
+    source, target = normal(of, POOL), rig.caches(of, POOL)
+    saved = rig.save(engine, keys, source)
+    assert saved.good.all() and saved.nbytes == POOL * of.payload_bytes
+    assert engine.metrics.get("overfull_blocks") == 3
+    small = sum(map(int, overfull.segment_bytes))
+    sizes = [6 * (4096 + -(-small // 4096) * 4096), 3 * frame_bytes(of)]
+    assert engine.stats()["blocks"] == POOL
+    assert engine.stats()["memory_bytes"] == sum(sizes)
+    below(engine)
+    assert rig.load(engine, keys, target).good.all()
+    for block in range(POOL):
+        worst = 0.0 if block % 3 == 1 else WORST["fp8"]
+        assert error(of, source, [block], target, [block]) <= worst
+
+
+def test_a_scheme_has_a_codec():
+    of = LAYOUTS["bf16"]
+    for scheme in quant.SCHEMES:
+        codec = Quantised(of, scheme)
+        assert codec.fidelity.startswith(f"{scheme} v")
+        assert forms_of(codec.fidelity, of).usual.encoding == codec.encoding
