@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import mmap
 import os
 import random
 import resource
@@ -20,6 +21,7 @@ import kvengine
 import rig
 from kvengine import ConfigError, DirectoryInUse, Engine
 from kvengine.frame import frame_bytes
+from kvengine.tiers.format import Geometry, SegmentHeader
 
 OF = rig.layout()
 FRAME = frame_bytes(OF)
@@ -30,6 +32,7 @@ SOURCE = rig.caches(OF, BLOCKS, 1)
 TOKENS = rig.prompt(BLOCKS, OF)
 # Each payload ends 128 bytes past a page: the rest of its slot is padding.
 ODD = rig.layout(layers=1, head_dim=33, head_dim_v=33)
+FILLED_BYTES = Geometry.fitting(STRIDE, 8 << 20).offset(BLOCKS)
 
 
 def open_at(path: Path, memory: str = "4M", disk: str = "size=64M", **options) -> Engine:
@@ -42,6 +45,11 @@ def keys_of(engine: Engine, tokens=TOKENS, of=OF):
 
 def segments(path: Path) -> list[Path]:
     return sorted((path / "segments").iterdir())
+
+
+def geometry(segment: Path) -> Geometry:
+    with segment.open("rb") as file:
+        return Geometry(*SegmentHeader.read(file.read(PAGE))[3:])
 
 
 @pytest.fixture
@@ -194,10 +202,16 @@ def test_what_is_no_directory_of_ours(tmp_path, make, says):
 
 @pytest.mark.parametrize("at", [*range(0, 10), 20, 31, PAGE - 16, PAGE - 1])
 def test_a_damaged_superblock(filled, at):
-    flip(filled / "superblock", at)
-    if 10 <= at < 16:
-        open_at(filled).close()
-        return
+    """It stands there twice: one damaged page is found and written anew, two are refused."""
+    for page in (0, PAGE):
+        flip(filled / "superblock", page + at)
+        with open_at(filled) as engine:
+            assert engine.probe(keys_of(engine)) == BLOCKS
+            assert engine.stats()["corrupt_blocks"] == 1
+        with open_at(filled) as engine:
+            assert engine.stats()["corrupt_blocks"] == 0
+    for page in (0, PAGE):
+        flip(filled / "superblock", page + at)
     with pytest.raises(ConfigError, match=f"{filled}/superblock.*(directory|version)"):
         open_at(filled)
     flip(filled / "superblock", at)
@@ -222,7 +236,7 @@ def test_old_segments_go(tmp_path):
         for keys, source in zip(prompts, sources, strict=True):
             rig.save(engine, keys, source)
             assert engine.flush(rig.WAIT_S)
-            assert used(tmp_path) <= size + 2 * PAGE  # superblock and tenants
+            assert used(tmp_path) <= size + 3 * PAGE  # superblock and tenants
         engine.squeeze(0)
         rig.poll(lambda: engine.stats()["tier_blocks"] * FRAME <= size)
         assert engine.metrics.get("evicted_blocks", reason="disk size") > 0
@@ -236,7 +250,7 @@ def test_old_segments_go(tmp_path):
         engine.check()
     with open_at(tmp_path, disk="size=1M&segment=256K") as engine:
         check_survives(engine, keys_of(engine), SOURCE)
-        assert used(tmp_path) <= (1 << 20) + 2 * PAGE
+        assert used(tmp_path) <= (1 << 20) + 3 * PAGE
 
 
 def test_a_disk_too_small_for_one_frame(tmp_path):
@@ -252,13 +266,13 @@ def test_a_disk_too_small_for_one_frame(tmp_path):
 # Full and failing disks
 
 
-def goes_on_from_memory(engine: Engine, seed: int = 3) -> None:
+def goes_on_from_memory(engine: Engine, seed: int = 3, *, fails: bool = True) -> None:
     """Saves are held in memory and loaded from there; the tier's failure is counted."""
     keys, source = keys_of(engine, rig.prompt(BLOCKS, OF, seed)), rig.caches(OF, BLOCKS, seed)
     before = engine.stats()["tier_failures"]
     assert rig.save(engine, keys, source).good.all()
     assert engine.flush(rig.WAIT_S)
-    assert engine.stats()["tier_failures"] > before
+    assert (engine.stats()["tier_failures"] > before) is fails
     assert engine.probe(keys) == BLOCKS
     assert rig.check_right(engine, keys, source).all()
     engine.check()
@@ -279,18 +293,20 @@ def small_disk(require, path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk(tmp_path, require):
+    """What the disk has given already is used again: the newest blocks are there."""
     with small_disk(require, tmp_path / "small") as path:
         with open_at(path, disk="size=64M&segment=256K") as engine:
-            keys = keys_of(engine)
-            rig.save(engine, keys, SOURCE)
+            rig.save(engine, keys_of(engine), SOURCE)
             assert engine.flush(rig.WAIT_S)
             assert engine.stats()["tier_blocks"] == BLOCKS
             goes_on_from_memory(engine, 3)
-            goes_on_from_memory(engine, 4)
-            engine.squeeze(0)
-            assert rig.check_right(engine, keys, SOURCE).all()
+            goes_on_from_memory(engine, 4, fails=False)
         with open_at(path, disk="size=64M&segment=256K") as engine:
-            assert rig.check_right(engine, keys_of(engine), SOURCE).all()
+            assert engine.stats()["tier_blocks"] > 0
+            for seed in (1, 3, 4):
+                keys = keys_of(engine, TOKENS if seed == 1 else rig.prompt(BLOCKS, OF, seed))
+                rig.check_right(engine, keys, rig.caches(OF, BLOCKS, seed))
+            engine.check()
 
 
 def test_a_limit_on_file_sizes(tmp_path):
@@ -314,7 +330,12 @@ def fails(number: int) -> Callable[..., int]:
 def short(handle: int, buffers: list, offset: int, write=os.pwritev) -> int:
     """Write half, as a full disk or a signal may have it."""
     flat = b"".join(bytes(each) for each in buffers)
-    return write(handle, [flat[: len(flat) // 2 // PAGE * PAGE]], offset)
+    half = len(flat) // 2 // PAGE * PAGE
+    if not half:
+        return 0
+    aligned = mmap.mmap(-1, half)  # as O_DIRECT wants it
+    aligned[:] = flat[:half]
+    return write(handle, [aligned], offset)
 
 
 WRITES = [
@@ -343,14 +364,8 @@ def test_short_writes(tmp_path, monkeypatch):
         rig.save(engine, keys_of(engine, rig.prompt(1, OF, 9)), rig.caches(OF, 1, 9))
         assert engine.flush(rig.WAIT_S)
         with monkeypatch.context() as patch:
-            # numpy's memory is not aligned as O_DIRECT wants it: go through the page cache.
-            handles = {
-                s.handle: os.open(s.path, os.O_RDWR) for s in engine._tiers[0]._segments.values()
-            }
-            patch.setattr(os, "pwritev", lambda h, b, at: short(handles.get(h, h), b, at))
+            patch.setattr(os, "pwritev", short)
             goes_on_from_memory(engine)
-            for handle in handles.values():
-                os.close(handle)
         assert engine.stats()["tier_blocks"] == 1
     with open_at(tmp_path) as engine:
         keys = keys_of(engine, rig.prompt(BLOCKS, OF, 3))
@@ -370,7 +385,11 @@ def test_syncs_that_fail(tmp_path, monkeypatch):
 READS = [
     ("EIO", fails(errno.EIO), "tier_failures"),
     ("nothing", lambda *_: 0, "corrupt_blocks"),
-    ("half", lambda h, b, at, read=os.preadv: read(h, b[:1], at), "corrupt_blocks"),
+    (
+        "half",
+        lambda h, b, at, read=os.preadv: read(h, b[:1], at) if len(b) > 1 else 0,
+        "corrupt_blocks",
+    ),
 ]
 
 
@@ -415,7 +434,7 @@ def golden(tmp_path_factory) -> Path:
         with open_at(home / name) as engine:
             rig.save(engine, keys_of(engine, of=of), rig.caches(of, BLOCKS, 1))
         (segment,) = segments(home / name)
-        os.truncate(segment, PAGE + BLOCKS * (PAGE + -(-frame_bytes(of) // PAGE) * PAGE))
+        os.truncate(segment, geometry(segment).offset(BLOCKS))
     return home
 
 
@@ -440,12 +459,12 @@ def test_any_bit_flipped_on_disk(golden, data):
         | st.integers(2 * PAGE, stride - 1)  # payload, padding
         | st.integers(0, stride - 1)
     )
-    at = PAGE + slot * stride + within
     early = data.draw(st.booleans())
     source = rig.caches(of, BLOCKS, 1)
     bit = data.draw(st.integers(0, 7))
     with copied(golden / name) as path:
         (segment,) = segments(path)
+        at = geometry(segment).offset(slot) + within
         if early:
             flip(segment, at, bit)
         with open_at(path) as engine:
@@ -462,7 +481,7 @@ def test_any_bit_flipped_on_disk(golden, data):
 
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(length=st.integers(0, PAGE + BLOCKS * STRIDE - 1), early=st.booleans())
+@given(length=st.integers(0, 2 * PAGE) | st.integers(0, FILLED_BYTES - 1), early=st.booleans())
 def test_a_truncated_segment(golden, length, early):
     with copied(golden / "even") as path:
         (segment,) = segments(path)
@@ -472,27 +491,22 @@ def test_a_truncated_segment(golden, length, early):
             if not early:
                 os.truncate(segment, length)
             keys = keys_of(engine)
-            whole = max(0, (length - PAGE) // STRIDE)
+            whole = max(0, (length - Geometry.fitting(STRIDE, 8 << 20).slots_at) // STRIDE)
             good = check_survives(engine, keys, SOURCE)
             assert good.tolist() == [True] * whole + [False] * (BLOCKS - whole)
         with open_at(path) as engine:
-            keys = keys_of(engine)
-            if early or length >= PAGE:
-                assert rig.check_right(engine, keys, SOURCE).all()
-            else:  # the segment's own header is gone
-                check_survives(engine, keys, SOURCE)
+            assert rig.check_right(engine, keys_of(engine), SOURCE).all()
 
 
 def test_a_segment_deleted_while_open(filled):
     with open_at(filled) as engine:
         (segment,) = segments(filled)
         segment.unlink()
-        keys = keys_of(engine)
-        assert rig.check_right(engine, keys, SOURCE).all()  # the descriptor still reads it
+        check_survives(engine, keys_of(engine), SOURCE, lost=BLOCKS)
         more = keys_of(engine, rig.prompt(BLOCKS, OF, 5))
         rig.save(engine, more, rig.caches(OF, BLOCKS, 5))
     with open_at(filled) as engine:
-        check_survives(engine, keys_of(engine), SOURCE, lost=BLOCKS)
+        check_survives(engine, keys_of(engine), SOURCE, lost=0)
 
 
 def test_a_segment_deleted_before_opening(filled):
@@ -530,14 +544,17 @@ def survivors(path: Path) -> list[int]:
                 rig.caches(OF, BLOCKS, seed),
             )
             assert rig.check_right(engine, keys, source).all()
-        assert used(path) <= (4 << 20) + 2 * PAGE
+        assert used(path) <= (4 << 20) + 3 * PAGE
     return counts
 
 
 @pytest.mark.parametrize("which", range(3))
-@pytest.mark.parametrize("at", [0, 8, 20, 33, 40, 50, PAGE - 1])
+@pytest.mark.parametrize("at", [0, 8, 20, 33, 40, 60, PAGE - 1])
 def test_a_damaged_segment_header(several, which, at):
+    """Its footer says the same; where both are damaged, the segment is lost."""
     flip(segments(several)[which], at)
+    assert survivors(several) == [BLOCKS] * 3
+    flip(segments(several)[which], PAGE + at)
     assert survivors(several) == [0 if seed == which else BLOCKS for seed in range(3)]
 
 
@@ -557,10 +574,10 @@ def test_a_misdirected_write(filled, opened):
         with copied(filled) as path:
             (segment,) = segments(path)
             engine = open_at(path) if opened else None
-            data = bytearray(segment.read_bytes()[: PAGE + BLOCKS * STRIDE])
-            slot = data[PAGE + STRIDE + lead : PAGE + 2 * STRIDE]
+            offset = geometry(segment).offset
+            slot = segment.read_bytes()[offset(1) + lead : offset(2)]
             with segment.open("r+b") as file:
-                file.seek(PAGE + 3 * STRIDE + lead)
+                file.seek(offset(3) + lead)
                 file.write(slot)
             with engine or open_at(path) as engine:
                 good = check_survives(engine, keys_of(engine), SOURCE, lost=None)

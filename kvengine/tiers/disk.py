@@ -1,83 +1,93 @@
-"""A directory of segment files: frames in slots of fixed stride, appended, found again by a scan.
+"""A directory of segment files: frames in slots of fixed stride, appended, found again by footers.
 
-    DIR/superblock        magic, version, UUID; its lock (flock) makes one process the owner
+    DIR/lock              its lock (flock) makes one process the owner
+    DIR/superblock        whose directory this is (kvengine.tiers.format)
     DIR/tenants.json      secrets and epochs (kvengine.tenants)
-    DIR/segments/N.seg    page 0: segment header; then slots of `stride` bytes each:
-                          one page of slot header, then the frame, padded to pages
+    DIR/segments/N.seg    header, footer, slots
 
-A slot header ties a frame to directory, segment, slot and the frame's own header, so a misdirected,
-stale or half-written slot is not taken for a block. Whole segments go, the oldest first, when the
-directory outgrows its size. A write counts only with its full byte count; any doubt on reading is
-reported as a failure, and the block is dropped.
+A write counts only with its full byte count, in durable mode only once its table has been synced. A
+segment that is full gets its footer; opening reads footers, and scans what none covers. When the
+directory would outgrow its size, the oldest segment is used again, whole; what the policy wants of
+it has been written to a newer one before. A sync that fails takes its segment with it. Any doubt on
+reading is reported as a failure, and the block is given up here and above.
 """
 
 from __future__ import annotations
 
-import fcntl
+import errno
 import mmap
-import os
-import struct
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple
 
 import numpy as np
-import xxhash
+from numpy.typing import NDArray
 
-from kvengine import frame
+from kvengine.compiled import Int32s
 from kvengine.errors import ConfigError, DirectoryInUse, FrameError
+from kvengine.index import KeyTable, Words, grown
+from kvengine.keys import KEY_BYTES
 from kvengine.metrics import Metrics
 from kvengine.tiers import Dropped, Held, Report, Span, verify
+from kvengine.tiers.files import Files, OSFiles
+from kvengine.tiers.format import DROPPED, PAGE_BYTES, Geometry, SlotHeader, pages
+from kvengine.tiers.segments import NOBODY, Segment, Segments
 from kvengine.workers import Workers
 
-PAGE_BYTES = 4096
-VERSION = 0
 SEGMENT_BYTES = 256 << 20
 CLOSE_S = 30.0
+FULL_S = 60.0  # how long a full disk is left alone before the next try to grow
+KEEP_SHARE = 4
+# What says nothing of the block: the process is short of something.
+PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})
 
-_SUPER = struct.Struct("<8sH6x16s")
-_SEGMENT = struct.Struct("<8sH6x16sQQQ")
-_SLOT = struct.Struct("<8sH6xQQQQ32s32s16s")
-_SUPER_MAGIC, _SEGMENT_MAGIC, _SLOT_MAGIC = b"KVEDISK\0", b"KVESEGM\0", b"KVESLOT\0"
-
-
-@dataclass(slots=True)
-class Segment:
-    """One open segment file. `used` slots have been handed to writers."""
-
-    number: int
-    path: Path
-    handle: int
-    stride: int
-    slots: int
-    used: int = 0
-    readers: int = 0
-    gone: bool = False
-    keys: dict[bytes, int] = field(default_factory=dict)
+Bools = NDArray[np.bool_]
+# Given uint8[n, 32] keys of a segment that is to go, in order of writing, and which of them were
+# read since: which to write once more.
+Keep = Callable[[NDArray[np.uint8], Bools], Bools]
 
 
-class Found(NamedTuple):
-    """What a slot header says of its frame."""
+def second_chance(keys: NDArray[np.uint8], touched: Bools) -> Bools:
+    """Keep what was read since it was written, at most a quarter of all, the newest first."""
+    wanted = np.flatnonzero(touched)[-max(1, len(keys) // KEEP_SHARE) :]
+    keep = np.zeros(len(keys), dtype=np.bool_)
+    keep[wanted] = True
+    return keep
 
-    key: bytes
-    identity: bytes
-    frame_bytes: int
+
+class Place(NamedTuple):
+    """Where a block lies, or is being written."""
+
+    segment: Segment
+    slot: int
+    sequence: int
 
 
-# What a write calls when it is over: the index of the span, and the segment that holds it or None.
-Done = Callable[[int, Segment | None], None]
+Written = tuple[Place, SlotHeader]
+
+
+class Places(KeyTable):
+    """Where each block lies: columns of segment number << 32 | slot, and sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = np.zeros(self.capacity, dtype=np.int64)
+        self.sequence = np.zeros(self.capacity, dtype=np.int64)
+
+    def _resize_columns(self, capacity: int) -> None:
+        self.at = grown(self.at, capacity, 0)
+        self.sequence = grown(self.sequence, capacity, 0)
 
 
 class DiskTier:
     """Frames in a directory of this machine. One process at a time; its threads may share it.
 
-    Raises DirectoryInUse where another process (or engine) holds the directory, ConfigError where
-    it holds something else or a newer version.
+    `files` are the file calls, `workers` the threads (of `threads` many where none are given),
+    `keep` decides what outlives its segment. Raises DirectoryInUse where another process (or
+    engine) holds the directory, ConfigError where it holds something else or another version.
     """
 
     name = "disk"
@@ -93,6 +103,9 @@ class DiskTier:
         segment_bytes: int = SEGMENT_BYTES,
         threads: int = 2,
         durable: bool = False,
+        files: Files | None = None,
+        workers: Workers | None = None,
+        keep: Keep = second_chance,
     ) -> None:
         self._path = path
         self._size_bytes = size_bytes
@@ -100,31 +113,51 @@ class DiskTier:
         self._metrics = metrics
         self._dropped = dropped
         self._durable = durable
+        self._keep = keep
         self._lock = threading.Lock()
+        self._making = threading.Lock()  # held while files are made, by those who need one
         self._segments: dict[int, Segment] = {}
         self._open: dict[int, Segment] = {}
-        self._where: dict[bytes, Segment] = {}
-        self._held: list[Found] = []
+        self._places = Places()
+        self._found: dict[tuple[bytes, int], list[NDArray[np.uint8]]] = {}
         self._nbytes = 0
         self._allocated = 0
+        self._full_bytes = 0
+        self._full_until = -float("inf")
         self._next = 1
+        self._drawn = 0
         self._closed = False
-        try:
-            (path / "segments").mkdir(parents=True, exist_ok=True)
-            self._super, self._uuid = _own(path / "superblock")
-        except DirectoryInUse:
-            raise
-        except OSError as error:
-            raise ConfigError(
-                f"{path} cannot be used ({error.strerror}): give a directory that this user may "
-                "write, on a disk with room"
-            ) from error
+        self._files = files or OSFiles()
+        self._folder = Segments(self._files, path, self._count)
+        self._incarnation = self._own()
         try:
             self._recover()
         except BaseException:
             self.detach()
             raise
-        self._workers = Workers(threads, "kvengine-disk", self._failed)
+        self._workers = workers or Workers(threads, "kvengine-disk", self._failed)
+
+    def _own(self) -> int:
+        self._owner = -1
+        try:
+            self._files.make_folder(self._path)
+            self._owner = self._files.lock(self._path / "lock")
+            self._files.settle(self._path)
+            return self._folder.own()
+        except BlockingIOError as error:
+            raise DirectoryInUse(
+                f"{self._path} is held by another process or engine: close that one, or give this "
+                "one a directory of its own"
+            ) from error
+        except OSError as error:
+            self.detach()
+            raise ConfigError(
+                f"{self._path} cannot be used ({error.strerror or error}): give a directory that "
+                "this user may write, on a disk with room"
+            ) from error
+        except ConfigError:
+            self.detach()
+            raise
 
     @property
     def nbytes(self) -> int:
@@ -134,427 +167,533 @@ class DiskTier:
     @property
     def count(self) -> int:
         """Number of frames held."""
-        return len(self._where)
+        return self._places.count
 
     def scan(self) -> Iterator[Held]:
-        """Yield the frames found at opening, once."""
-        groups: dict[tuple[bytes, int], list[bytes]] = {}
-        for key, identity, frame_bytes in self._held:
-            groups.setdefault((identity, frame_bytes), []).append(key)
-        self._held = []
-        for (identity, frame_bytes), keys in groups.items():
-            table = np.frombuffer(b"".join(keys), dtype=np.uint8).reshape(len(keys), -1)
-            yield Held(table, identity, frame_bytes)
+        """Yield the frames found at opening, once, a table for each namespace."""
+        found, self._found = self._found, {}
+        for (identity, frame_bytes), tables in found.items():
+            yield Held(np.concatenate(tables), identity, frame_bytes)
 
     def find(self, keys: Sequence[bytes], deadline: float) -> list[int]:
         """Return the size of each key's slot, 0 for none. Known at once."""
         with self._lock:
-            held = [self._where.get(key) for key in keys]
-            return [0 if segment is None else segment.stride - PAGE_BYTES for segment in held]
+            ids = self._places.find(_words(keys)).tolist()
+            held = [None if id < 0 else self._place(id).segment for id in ids]
+            return [0 if s is None else s.geometry.stride - PAGE_BYTES for s in held]
 
     def read(self, spans: Sequence[Span], deadline: float, report: Report) -> None:
-        """Queue reads, one piece of work a frame; each is reported when its bytes are there."""
-        for index, span in enumerate(spans):
-            if not self._workers.submit(partial(self._read, index, span, deadline, report)):
+        """Queue reads, one piece of work a frame; each is reported when its bytes are verified."""
+        places = self._enter(spans)
+        for index, (span, place) in enumerate(zip(spans, places, strict=True)):
+            if place is None:
                 report(index, False)
+            elif not self._workers.submit(
+                partial(self._read, index, span, place, deadline, report)
+            ):
+                self._leave(place.segment)
+                report(index, False)
+        unknown = [s.key for s, p in zip(spans, places, strict=True) if p is None]
+        if unknown:
+            self._dropped(unknown)
 
     def write(self, spans: Sequence[Span], deadline: float, report: Report) -> None:
         """Queue writes, one piece of work a frame; in durable mode one sync for the table."""
         left = [len(spans)]
-        results: list[tuple[int, Segment | None]] = []
+        unsynced: list[tuple[int, Written]] = []
 
-        def done(index: int, segment: Segment | None) -> None:
+        def over(index: int, found: Written | None) -> None:
+            if found is not None and not self._durable:
+                report(index, self._settle([found])[0])
             with self._lock:
-                results.append((index, segment))
                 left[0] -= 1
                 last = left[0] == 0
-            if not self._durable:
-                report(index, segment is not None)
-            elif last:
-                self._sync(results, spans, report)
+                if found is not None and self._durable:
+                    unsynced.append((index, found))
+            if last and unsynced:
+                self._sync(unsynced, report)
 
         for index, span in enumerate(spans):
-            if not self._workers.submit(partial(self._write, index, span, deadline, done)):
-                done(index, None)
+            if self._holds(span.key):
+                report(index, True)
+                over(index, None)
+            elif not self._workers.submit(
+                partial(self._write, index, span, deadline, over, report)
+            ):
+                report(index, False)
+                over(index, None)
 
     def drop(self, keys: Sequence[bytes]) -> None:
         """Forget keys. Their space comes back with their segment."""
         for key in keys:
-            with self._lock:
-                slot = self._forget(key)
-            if slot is not None:
-                self._workers.submit(partial(self._blank, *slot))
+            place = self._forget(key)
+            if place is not None and not self._workers.submit(partial(self._blank, place)):
+                self._leave(place.segment)
 
     def close(self) -> None:
-        """Finish what is queued, sync, close the files, let go of the lock."""
+        """Finish what is queued, write footers, sync, close the files, let go of the lock."""
         if self._closed:
             return
         self._closed = True
         if not self._workers.close(CLOSE_S):
             return  # a thread hangs in the disk: a closed descriptor could become another file's
-        for segment in self._segments.values():
-            try:
-                os.fdatasync(segment.handle)
-            except OSError as error:
-                self._failed(error)
+        for segment in list(self._segments.values()):
+            if segment.table is not None and segment.used and not segment.gone:
+                self._seal(segment)
         self._let_go()
 
     def detach(self) -> None:
         """After a fork, in the child: close descriptors. The parent keeps the lock."""
         self._closed = True
+        self._lock = threading.Lock()
+        self._folder.detach()
         self._let_go()
 
     def _let_go(self) -> None:
-        for segment in self._segments.values():
-            if segment.handle >= 0:
-                os.close(segment.handle)
-        self._segments, self._open, self._where = {}, {}, {}
-        os.close(self._super)
+        self._folder.close()
+        self._segments, self._open, self._places = {}, {}, Places()
+        if self._owner >= 0:
+            self._files.close(self._owner)
+            self._owner = -1
 
     def _failed(self, error: Exception) -> None:
-        self._metrics.add("tier_failures", 1, tier=self.name)
+        self._count("tier_failures")
 
-    def _read(self, index: int, span: Span, deadline: float, report: Report) -> None:
+    def _count(self, what: str) -> None:
+        self._metrics.add(what, 1, tier=self.name)
+
+    def _draw(self) -> int:
+        """Return a number that no writer of this directory has drawn before."""
+        self._drawn += 1
+        return self._incarnation << 32 | self._drawn
+
+    # Reading
+
+    def _enter(self, spans: Sequence[Span]) -> list[Place | None]:
+        """Find blocks, and keep their segments from being used again until `_leave`."""
+        with self._lock:
+            ids = self._places.find(_words([span.key for span in spans]))
+            places = [None if id < 0 else self._place(id) for id in ids.tolist()]
+            for place in places:
+                if place is not None:
+                    place.segment.readers += 1
+                    place.segment.touched[place.slot] = True
+            return places
+
+    def _place(self, id: int) -> Place:
+        at = int(self._places.at[id])
+        return Place(self._segments[at >> 32], at & 0xFFFFFFFF, int(self._places.sequence[id]))
+
+    def _leave(self, segment: Segment) -> None:
+        with self._lock:
+            segment.readers -= 1
+
+    def _read(self, index: int, span: Span, place: Place, deadline: float, report: Report) -> None:
         good = False
         try:
-            good = time.monotonic() < deadline and self._read_frame(span)
-        except OSError as error:
-            self._failed(error)
-            self._give_up(span.key)
+            if time.monotonic() < deadline:
+                good = self._read_frame(span, place)
         finally:
+            self._leave(place.segment)
             report(index, good)
 
-    def _read_frame(self, span: Span) -> bool:
-        with self._lock:
-            segment = self._where.get(span.key)
-            if segment is not None:
-                slot = segment.keys[span.key]
-                segment.readers += 1
-        if segment is None:
-            self._dropped([span.key])
+    def _read_frame(self, span: Span, place: Place) -> bool:
+        if place.segment.gone:
             return False
         try:
-            want = _pages(span.nbytes)
-            head = mmap.mmap(-1, PAGE_BYTES)
-            offset = PAGE_BYTES + slot * segment.stride
-            got = os.preadv(segment.handle, [head, span.frame[:want]], offset)
-            self._check(head[:], segment, slot, span.key)
-            if got < PAGE_BYTES + span.nbytes:
-                raise FrameError(f"read {got} bytes of {PAGE_BYTES + span.nbytes}")
+            header = self._folder.read(*place, span.frame[: pages(span.nbytes)])
+            if header.kind == DROPPED:  # forgotten by a footer that is older
+                self._give_up(span.key, place)
+                return False
+            if header.key != span.key or header.frame_bytes != span.nbytes:
+                raise FrameError("a slot with another block")
             verify(span)
             return True
         except FrameError:
-            self._metrics.add("corrupt_blocks", 1, tier=self.name)
-            self._give_up(span.key)
-            return False
-        finally:
-            with self._lock:
-                segment.readers -= 1
-                self._bury(segment)
+            self._count("corrupt_blocks")
+            self._give_up(span.key, place)
+        except OSError as error:
+            self._failed(error)
+            if error.errno == errno.ENOENT:
+                self._lose(place.segment)
+            elif error.errno not in PASSING:
+                self._give_up(span.key, place)
+        return False
 
-    def _give_up(self, key: bytes) -> None:
+    def _give_up(self, key: bytes, place: Place) -> None:
         """Forget a block that cannot be read, here and above: it is to be computed again."""
-        self.drop([key])
+        given = self._forget(key, place)
+        if given is not None and not self._workers.submit(partial(self._blank, given)):
+            self._leave(given.segment)
         self._dropped([key])
+
+    def _forget(self, key: bytes, only: Place | None = None) -> Place | None:
+        """Let no read find a key. Returns its place, entered, where it was held (there)."""
+        with self._lock:
+            ids = self._places.find(_words([key]))
+            if ids[0] < 0:
+                return None
+            place = self._place(int(ids[0]))
+            if only is not None and place != only:
+                return None
+            self._erase(ids)
+            place.segment.readers += 1
+            return place
+
+    def _erase(self, ids: Int32s) -> None:
+        for at in self._places.at[ids].tolist():
+            segment, slot = self._segments[at >> 32], at & 0xFFFFFFFF
+            segment.ids[slot] = NOBODY
+            if segment.table is not None:
+                segment.table[slot]["sequence"] = 0
+            self._nbytes -= segment.geometry.stride - PAGE_BYTES
+        self._places.erase(ids)
+        self._places.free(ids)
+
+    def _blank(self, place: Place) -> None:
+        try:
+            with self._lock:
+                gone = place.segment.gone
+            if not gone:
+                self._folder.blank(*place)
+        except OSError as error:
+            self._failed(error)
+        finally:
+            self._leave(place.segment)
+
+    # Writing
+
+    def _holds(self, key: bytes) -> bool:
+        with self._lock:
+            return bool(self._places.find(_words([key]))[0] >= 0)
 
     def _write(
         self,
         index: int,
         span: Span,
         deadline: float,
-        done: Done,
-    ) -> None:
-        segment = None
-        try:
-            if time.monotonic() < deadline:
-                segment = self._write_frame(span)
-        except OSError as error:
-            self._failed(error)
-        finally:
-            done(index, segment)
-
-    def _write_frame(self, span: Span) -> Segment | None:
-        want = _pages(span.nbytes)
-        with self._lock:
-            if span.key in self._where:
-                return self._where[span.key]
-            segment = self._room(PAGE_BYTES + want)
-            if segment is None:
-                return None
-            slot = segment.used
-            segment.used += 1
-            segment.readers += 1
-        try:
-            page = self._slot_header(segment, slot, span)
-            offset = PAGE_BYTES + slot * segment.stride
-            put = os.pwritev(segment.handle, [page, span.frame[:want]], offset)
-            if put != PAGE_BYTES + want:
-                self._metrics.add("tier_failures", 1, tier=self.name)
-                return None
-            with self._lock:
-                if segment.gone or span.key in self._where:
-                    return None
-                segment.keys[span.key] = slot
-                self._where[span.key] = segment
-                self._nbytes += segment.stride - PAGE_BYTES
-            return segment
-        finally:
-            with self._lock:
-                segment.readers -= 1
-                self._bury(segment)
-
-    def _sync(
-        self,
-        results: Sequence[tuple[int, Segment | None]],
-        spans: Sequence[Span],
+        over: Callable[[int, Written | None], None],
         report: Report,
     ) -> None:
-        good: dict[int, bool] = {}
-        for segment in {s.number: s for _, s in results if s is not None}.values():
+        found = None
+        try:
+            if time.monotonic() < deadline:
+                found = self._write_frame(span)
+        finally:
+            if found is None:
+                report(index, False)
+            over(index, found)
+
+    def _write_frame(self, span: Span) -> Written | None:
+        """Write a frame to a slot of its own; `_settle` makes it visible."""
+        try:
+            place = self._take(PAGE_BYTES + pages(span.nbytes))
+        except OSError as error:
+            self._failed(error)
+            return None
+        if place is None:
+            return None
+        try:
+            return place, self._folder.write(*place, span.frame, span.nbytes)
+        except (OSError, FrameError) as error:
+            self._failed(error)
+            self._written([place.segment])
+            return None
+
+    def _sync(self, unsynced: Sequence[tuple[int, Written]], report: Report) -> None:
+        """Sync what a table was written to; only then do its blocks count."""
+        written = [found for _, found in unsynced]
+        self._sync_segments(written)
+        for (index, _), good in zip(unsynced, self._settle(written), strict=True):
+            report(index, good)
+
+    def _sync_segments(self, written: Sequence[Written]) -> None:
+        for segment in {place.segment.number: place.segment for place, _ in written}.values():
             try:
-                os.fdatasync(segment.handle)
-                good[segment.number] = True
+                self._folder.sync(segment)
             except OSError as error:
-                # The kernel may have thrown the pages away: nothing of this table counts.
+                # The kernel may have thrown pages away and called them clean: no second try.
                 self._failed(error)
-                good[segment.number] = False
-                self.drop([spans[i].key for i, s in results if s is segment])
-        for index, written in results:
-            report(index, written is not None and good.get(written.number, False))
+                self._lose(segment)
 
-    def _slot_header(self, segment: Segment, slot: int, span: Span) -> mmap.mmap:
-        digest = frame.header_digest(span.frame)
-        identity = bytes(span.frame[88:120])
-        fixed = _SLOT.pack(
-            _SLOT_MAGIC,
-            VERSION,
-            segment.number,
-            slot,
-            span.nbytes,
-            0,
-            span.key,
-            identity,
-            digest,
-        )
-        page = mmap.mmap(-1, PAGE_BYTES)
-        page[: len(fixed)] = fixed
-        page[PAGE_BYTES - 16 :] = self._tie(page[: PAGE_BYTES - 16])
-        return page
-
-    def _tie(self, lead: bytes) -> bytes:
-        """Digest a slot header's page, padding included, as one of this directory."""
-        return xxhash.xxh3_128_digest(self._uuid + lead)
-
-    def _check(self, page: bytes, segment: Segment, slot: int, key: bytes) -> None:
-        found = self._slot(page, segment, slot)
-        if found is None or found.key != key:
-            raise FrameError("a slot header that does not belong here")
-
-    def _slot(self, page: bytes, segment: Segment, slot: int) -> Found | None:
-        if len(page) < PAGE_BYTES or self._tie(page[:-16]) != page[-16:]:
-            return None
-        magic, version, number, place, nbytes, _, key, identity, _ = _SLOT.unpack_from(page)
-        if (magic, version, number, place) != (_SLOT_MAGIC, VERSION, segment.number, slot):
-            return None
-        if nbytes > segment.stride - PAGE_BYTES:
-            return None
-        return Found(key, identity, nbytes)
-
-    def _room(self, stride: int) -> Segment | None:
-        """Return a segment with a free slot, or None where the disk gives none."""
-        segment = self._open.get(stride)
-        if segment is not None and segment.used < segment.slots:
-            return segment
-        slots = max(1, (self._segment_bytes - PAGE_BYTES) // stride)
-        nbytes = PAGE_BYTES + slots * stride
-        if nbytes > self._size_bytes:
-            return None
-        while self._allocated + nbytes > self._size_bytes:
-            if not self._evict():
-                return None
-        number, self._next = self._next, self._next + 1
-        path = self._path / "segments" / f"{number:08d}.seg"
-        handle = -1
-        try:
-            handle = _open_direct(path, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            os.posix_fallocate(handle, 0, nbytes)
-            page = mmap.mmap(-1, PAGE_BYTES)
-            fixed = _SEGMENT.pack(_SEGMENT_MAGIC, VERSION, self._uuid, number, stride, slots)
-            page[: len(fixed)] = fixed
-            page[PAGE_BYTES - 16 :] = xxhash.xxh3_128_digest(fixed)
-            if os.pwritev(handle, [page], 0) != PAGE_BYTES:
-                raise OSError("a short write")
-        except OSError as error:
-            self._failed(error)
-            if handle >= 0:
-                os.close(handle)
-                path.unlink(missing_ok=True)
-            return None
-        made = Segment(number, path, handle, stride, slots)
-        self._segments[number] = made
-        self._open[stride] = made
-        self._allocated += nbytes
-        return made
-
-    def _evict(self) -> bool:
-        """Give up the oldest segment. False where there is none."""
-        if not self._segments:
-            return False
-        segment = self._segments.pop(min(self._segments))
-        segment.gone = True
-        self._allocated -= PAGE_BYTES + segment.slots * segment.stride
-        if self._open.get(segment.stride) is segment:
-            del self._open[segment.stride]
-        keys = list(segment.keys)
-        for key in keys:
-            self._forget(key)
-        self._metrics.add("evicted_blocks", len(keys), reason="disk size")
-        segment.path.unlink(missing_ok=True)
-        self._bury(segment)
-        if keys:
-            # On a thread of ours, so that the store's lock is never taken under our own.
-            self._workers.submit(lambda: self._dropped(keys))
-        return True
-
-    def _bury(self, segment: Segment) -> None:
-        if segment.gone and segment.readers == 0 and segment.handle >= 0:
-            os.close(segment.handle)
-            segment.handle = -1
-
-    def _forget(self, key: bytes) -> tuple[Segment, int] | None:
-        """Let no read find a key. Returns its slot, which still holds the bytes."""
-        segment = self._where.pop(key, None)
-        if segment is None:
-            return None
-        self._nbytes -= segment.stride - PAGE_BYTES
-        return segment, segment.keys.pop(key)
-
-    def _blank(self, segment: Segment, slot: int) -> None:
-        """Overwrite a slot header, so that the next scan does not bring its block back."""
+    def _settle(self, written: Sequence[Written]) -> list[bool]:
+        """Make written blocks visible, but those whose segment has gone meanwhile."""
+        good = []
         with self._lock:
-            if segment.gone:
-                return
-            segment.readers += 1
+            for place, header in written:
+                good.append(not place.segment.gone)
+                if not place.segment.gone:
+                    self._register(place, header)
+        self._written([place.segment for place, _ in written])
+        return good
+
+    def _register(self, place: Place, header: SlotHeader, instead: Place | None = None) -> None:
+        """Note where a block lies; `instead` of where it lay, if it still does."""
+        segment, slot, sequence = place
+        ids = self._places.find(_words([header.key]))
+        if instead is not None:
+            if ids[0] < 0 or self._place(int(ids[0])) != instead:
+                return  # dropped meanwhile
+            instead.segment.ids[instead.slot] = NOBODY
+        elif ids[0] >= 0:
+            return  # another was first, with bytes as good
+        else:
+            ids, _ = self._places.claim(_words([header.key]))
+            self._nbytes += segment.geometry.stride - PAGE_BYTES
+        self._places.at[ids] = segment.number << 32 | slot
+        self._places.sequence[ids] = sequence
+        segment.ids[slot] = ids[0]
+        assert segment.table is not None  # a segment that is being written is not sealed
+        entry = segment.table[slot]
+        entry["key"] = np.frombuffer(header.key, dtype=np.uint8)
+        entry["identity"] = np.frombuffer(header.identity, dtype=np.uint8)
+        entry["frame_bytes"], entry["sequence"] = header.frame_bytes, sequence
+
+    def _written(self, segments: Sequence[Segment]) -> None:
+        """Count writes that are over; a segment that is full, and written in full, is sealed."""
+        done = []
+        with self._lock:
+            for segment in segments:
+                segment.writing -= 1
+                if segment.full and not segment.writing and not segment.gone:
+                    segment.writing += 1
+                    done.append(segment)
+        for segment in done:
+            self._workers.submit(partial(self._seal_full, segment))
+
+    def _seal_full(self, segment: Segment) -> None:
         try:
-            offset = PAGE_BYTES + slot * segment.stride
-            os.pwritev(segment.handle, [mmap.mmap(-1, PAGE_BYTES)], offset)
-        except OSError as error:
-            self._failed(error)
+            self._seal(segment)
         finally:
             with self._lock:
-                segment.readers -= 1
-                self._bury(segment)
+                segment.writing -= 1
+                segment.table = None
+
+    def _seal(self, segment: Segment) -> None:
+        try:
+            self._folder.seal(segment)
+        except OSError as error:
+            self._failed(error)
+            self._lose(segment)
+
+    def _lose(self, segment: Segment) -> None:
+        """Give a whole segment up, with all its blocks: its file cannot be trusted, or is gone."""
+        with self._lock:
+            keys = self._empty(segment)
+        try:
+            self._folder.remove(segment)
+        except OSError as error:
+            self._failed(error)
+        if keys:
+            self._dropped(keys)
+
+    # Room
+
+    def _take(self, stride: int) -> Place | None:
+        """Return a free slot, or None where the disk gives none."""
+        with self._lock:
+            place = self._next_slot(stride)
+        if place is not None:
+            return place
+        with self._making:
+            with self._lock:
+                place = self._next_slot(stride)  # another has made one meanwhile
+            if place is not None or not self._make(stride):
+                return place
+            with self._lock:
+                return self._next_slot(stride)
+
+    def _next_slot(self, stride: int) -> Place | None:
+        segment = self._open.get(stride)
+        if segment is None or segment.full:
+            return None
+        slot = segment.used
+        segment.used += 1
+        segment.writing += 1
+        return Place(segment, slot, self._draw())
+
+    def _make(self, stride: int) -> bool:
+        """Open a segment for slots of this size: a new file, or the oldest one used again."""
+        geometry = Geometry.fitting(stride, self._segment_bytes)
+        victim = None
+        while self._short(geometry.nbytes):
+            with self._lock:
+                victim = self._victim()
+                keys = [] if victim is None else self._empty(victim)
+            if victim is None:
+                return False
+            self._evicted(keys)
+            with self._lock:
+                if victim.geometry == geometry and not victim.readers:
+                    break
+            self._folder.remove(victim)
+            victim = None
+        made = self._made(geometry, victim)
+        with self._lock:
+            self._segments[made.number] = made
+            self._open[stride] = made
+            self._allocated += geometry.nbytes
+            next_to_go = self._victim()
+            soon = self._short(geometry.nbytes)
+        if soon and next_to_go is not None and next_to_go is not made:
+            self._workers.submit(partial(self._rescue, next_to_go))
+        return True
+
+    def _made(self, geometry: Geometry, victim: Segment | None) -> Segment:
+        with self._lock:
+            generation = self._draw()
+            number = self._next
+            self._next += victim is None
+        try:
+            if victim is None:
+                return self._folder.create(number, generation, geometry, durable=self._durable)
+            return self._folder.renew(victim, generation)
+        except OSError as error:
+            if victim is not None:
+                self._folder.remove(victim)
+            elif error.errno in (errno.ENOSPC, errno.EDQUOT):
+                # What there is now is used again, until it is time to see if the disk has grown.
+                self._full_bytes = self._allocated
+                self._full_until = time.monotonic() + FULL_S
+            raise
+
+    def _short(self, nbytes: int) -> bool:
+        """Whether a segment of so many bytes more would be too much for the disk."""
+        full = time.monotonic() < self._full_until and nbytes <= self._full_bytes
+        return self._allocated + nbytes > (self._full_bytes if full else self._size_bytes)
+
+    def _victim(self) -> Segment | None:
+        """Return the oldest segment that nobody writes; one with room only where there is none."""
+
+        def order(segment: Segment) -> tuple[bool, int]:
+            filling = self._open.get(segment.geometry.stride) is segment and not segment.full
+            return filling, segment.generation
+
+        return min((s for s in self._segments.values() if not s.writing), key=order, default=None)
+
+    def _empty(self, segment: Segment) -> list[bytes]:
+        """Forget a segment and its blocks. Returns their keys."""
+        if segment.gone:
+            return []
+        ids = segment.ids[segment.ids != NOBODY]
+        keys = [key.tobytes() for key in self._places.keys(ids)]
+        self._erase(ids)
+        segment.gone = True
+        del self._segments[segment.number]
+        self._allocated -= segment.geometry.nbytes
+        if self._open.get(segment.geometry.stride) is segment:
+            del self._open[segment.geometry.stride]
+        return keys
+
+    def _evicted(self, keys: Sequence[bytes]) -> None:
+        if keys:
+            self._metrics.add("evicted_blocks", len(keys), reason="disk size")
+            self._dropped(keys)
+
+    def _rescue(self, segment: Segment) -> None:
+        """Write once more, to the open segment, what is wanted of the one that goes next."""
+        with self._lock:
+            slots = np.flatnonzero(segment.ids != NOBODY)
+            if segment.gone or not len(slots):
+                return
+            ids = segment.ids[slots]
+            keep = self._keep(self._places.keys(ids), segment.touched[slots])
+            wanted = [self._place(id) for id in ids[keep].tolist()]
+            segment.readers += len(wanted)
+            segment.touched[:] = False
+        room = memoryview(mmap.mmap(-1, segment.geometry.stride - PAGE_BYTES))
+        moved = []
+        for place in wanted:
+            found = self._copy(place, room)
+            if found is not None:
+                moved.append((place, found))
+        if self._durable:
+            self._sync_segments([found for _, found in moved])
+        with self._lock:
+            segment.readers -= len(wanted)
+            for old, (place, header) in moved:
+                if not place.segment.gone:
+                    self._register(place, header, instead=old)
+        self._written([place.segment for _, (place, _) in moved])
+
+    def _copy(self, place: Place, room: memoryview) -> Written | None:
+        """Write one block again, where its size has an open segment with room."""
+        with self._lock:
+            target = self._next_slot(place.segment.geometry.stride)
+        if target is None:
+            return None
+        try:
+            header = self._folder.read(*place, room)
+            verify(Span(header.key, room, header.frame_bytes))
+            return target, self._folder.write(*target, room, header.frame_bytes)
+        except (OSError, FrameError) as error:
+            self._failed(error)
+            self._written([target.segment])
+            return None
+
+    # Found again
 
     def _recover(self) -> None:
-        """Open the segments and read their slot headers. Damaged slots are left out."""
-        held: dict[bytes, Found] = {}
-        for path in sorted((self._path / "segments").glob("*.seg")):
-            segment = self._open_segment(path)
-            if segment is None:
-                self._metrics.add("tier_failures", 1, tier=self.name)
-                continue
-            self._segments[segment.number] = segment
-            self._allocated += PAGE_BYTES + segment.slots * segment.stride
-            self._next = max(self._next, segment.number + 1)
-            for slot, page in self._headers(segment):
-                segment.used = slot + 1
-                found = self._slot(page, segment, slot)
-                if found is None:
-                    self._metrics.add("corrupt_blocks", 1, tier=self.name)
-                    continue
-                self._forget(found.key)
-                segment.keys[found.key] = slot
-                self._where[found.key] = segment
-                self._nbytes += segment.stride - PAGE_BYTES
-                held[found.key] = found
-            if segment.used < segment.slots:
-                self._open[segment.stride] = segment
-        self._held = list(held.values())
-
-    def _headers(self, segment: Segment) -> Iterator[tuple[int, bytes]]:
-        """Yield the written slots' first pages, to the last that is not blank."""
-        blank = bytes(PAGE_BYTES)
-        pages: list[tuple[int, bytes]] = []
-        page = mmap.mmap(-1, PAGE_BYTES)
-        for slot in range(segment.slots):
+        """Take in the segments that are there, the oldest first, and keep to the size."""
+        loaded = []
+        for name in self._folder.names():
+            self._next = max(self._next, int(name[:8]) + 1)
             try:
-                got = os.preadv(segment.handle, [page], PAGE_BYTES + slot * segment.stride)
+                loaded.append(self._folder.load(name))
             except OSError as error:
                 self._failed(error)
-                pages.append((slot, b""))  # damaged: not to be written to again
+        loaded.sort(key=lambda segment: segment.generation)
+        self._allocated = sum(segment.geometry.nbytes for segment in loaded)
+        for segment in loaded:
+            if self._allocated > self._size_bytes:
+                self._allocated -= segment.geometry.nbytes
+                self._folder.remove(segment)
                 continue
-            if got < PAGE_BYTES:
-                break
-            data = page[:]
-            if data != blank:
-                pages.append((slot, data))
-        yield from pages
+            self._segments[segment.number] = segment
+            self._adopt(segment)
+            if segment.full:
+                segment.table = None
+            else:
+                self._open[segment.geometry.stride] = segment
 
-    def _open_segment(self, path: Path) -> Segment | None:
-        try:
-            handle = _open_direct(path, os.O_RDWR)
-        except OSError:
-            return None
-        page = mmap.mmap(-1, PAGE_BYTES)
-        try:
-            got = os.preadv(handle, [page], 0)
-        except OSError:
-            got = 0
-        fixed = page[: _SEGMENT.size]
-        _, version, owner, number, stride, slots = _SEGMENT.unpack(fixed)
-        good = (
-            got == PAGE_BYTES
-            and xxhash.xxh3_128_digest(fixed) == page[PAGE_BYTES - 16 :]
-            and version == VERSION
-            and owner == self._uuid
-            and path.name == f"{number:08d}.seg"
-        )
-        if not good:
-            os.close(handle)
-            return None
-        return Segment(number, path, handle, stride, slots)
-
-
-def _pages(nbytes: int) -> int:
-    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
-
-
-def _open_direct(path: Path, flags: int) -> int:
-    """Open past the page cache where the file system can, else through it."""
-    try:
-        return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC, 0o600)
-    except OSError:
-        return os.open(path, (flags & ~os.O_EXCL) | os.O_CLOEXEC, 0o600)
+    def _adopt(self, segment: Segment) -> None:
+        """Take in the blocks of a segment; of two copies of a block the later one counts."""
+        assert segment.table is not None
+        frames_max = segment.geometry.stride - PAGE_BYTES
+        held = (segment.table["sequence"] > 0) & (segment.table["frame_bytes"] <= frames_max)
+        slots = np.flatnonzero(held)
+        if not len(slots):
+            return
+        rows = segment.table[slots]
+        keys = np.ascontiguousarray(rows["key"])
+        for names, chosen in _namespaces(rows):
+            self._found.setdefault(names, []).append(keys[chosen])
+        ids, fresh = self._places.claim(keys.view("<u8").reshape(-1, KEY_BYTES // 8))
+        new = ids[fresh]
+        self._places.at[new] = segment.number << 32 | slots[fresh]
+        self._places.sequence[new] = rows["sequence"][fresh]
+        segment.ids[slots[fresh]] = new
+        self._nbytes += frames_max * len(new)
+        for row in np.flatnonzero(~fresh).tolist():
+            id, sequence = int(ids[row]), int(rows["sequence"][row])
+            if sequence > self._places.sequence[id]:
+                old = self._place(id)
+                old.segment.ids[old.slot] = NOBODY
+                self._places.at[id] = segment.number << 32 | int(slots[row])
+                self._places.sequence[id] = sequence
+                segment.ids[slots[row]] = id
 
 
-def _own(path: Path) -> tuple[int, bytes]:
-    """Lock the superblock, write it if it is new; return its descriptor and the UUID."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(handle)
-        raise DirectoryInUse(
-            f"{path.parent} is held by another process or engine: close that one, or give this "
-            "one a directory of its own"
-        ) from error
-    data = os.pread(handle, PAGE_BYTES, 0)
-    if not data:
-        fixed = _SUPER.pack(_SUPER_MAGIC, VERSION, uuid.uuid4().bytes)
-        page = fixed.ljust(PAGE_BYTES - 16, b"\0") + xxhash.xxh3_128_digest(fixed)
-        os.pwrite(handle, page, 0)
-        os.fsync(handle)
-        data = page
-    if len(data) < PAGE_BYTES or data[:8] != _SUPER_MAGIC:
-        _refuse(handle, f"{path} is not a kvengine superblock: give an empty directory")
-    magic, version, owner = _SUPER.unpack(data[: _SUPER.size])
-    if version != VERSION:
-        _refuse(handle, f"{path} has format version {version}, this kvengine writes {VERSION}")
-    if xxhash.xxh3_128_digest(data[: _SUPER.size]) != data[PAGE_BYTES - 16 : PAGE_BYTES]:
-        _refuse(handle, f"{path} is damaged: restore it, or remove the directory")
-    return handle, owner
+def _namespaces(rows: NDArray[np.void]) -> Iterator[tuple[tuple[bytes, int], Bools]]:
+    """Yield (identity, frame bytes) and which rows have them; a segment mostly has one."""
+    left = np.ones(len(rows), dtype=np.bool_)
+    while left.any():
+        first = rows[int(left.argmax())]
+        same = (rows["identity"] == first["identity"]).all(axis=1)
+        same &= rows["frame_bytes"] == first["frame_bytes"]
+        yield (first["identity"].tobytes(), int(first["frame_bytes"])), same
+        left &= ~same
 
 
-def _refuse(handle: int, reason: str) -> NoReturn:
-    os.close(handle)
-    raise ConfigError(reason)
+def _words(keys: Sequence[bytes]) -> Words:
+    return np.frombuffer(b"".join(keys), dtype="<u8").reshape(-1, KEY_BYTES // 8)
