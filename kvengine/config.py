@@ -2,9 +2,10 @@
 
 A value is looked for in the options of the command line (or of `open`), then in `KVENGINE_*`
 variables, then in a TOML file, then among the defaults; `Config.load` says for each where it came
-from. A URL is a short way to say the same settings:
+from. A URL is a short way to say the same settings, the fastest tier first:
 
-    mem://?size=4G | file:///var/cache/kv?size=100G
+    mem://?size=4G | file:///var/cache/kv?size=100G | valkey://host:6379?ttl_s=86400
+    mem://?size=4G | s3://bucket/prefix?region=eu-west-1
 """
 
 import difflib
@@ -17,7 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
 from typing import Literal, NamedTuple, NoReturn, Self
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
 import msgspec
 
@@ -32,13 +33,15 @@ SEGMENT_BYTES = 256 * MIB
 SEGMENT_BYTES_MIN = 64 * KIB
 SECRET_BYTES = 32
 PREFIX = "KVENGINE_"
+OBJECTS = ("s3", "gs", "az")
+TIERS = ("disk", "valkey", "objects")  # the fastest first
 EXAMPLE = "'mem://?size=4G | file:///var/cache/kv?size=100G'"
 # Variables that are read by the tests of this project, not by the engine.
 FOREIGN = frozenset({"KVENGINE_REQUIRE_ALL"})
 
 
 class Secret(bytes):
-    """Bytes that key the block keys; a log, a traceback or `config show` says "hidden" instead."""
+    """A key or a password; a log, a traceback or `config show` says "hidden" instead."""
 
     __slots__ = ()
 
@@ -90,12 +93,78 @@ def _threads(value: object) -> int:
 
 
 def _seconds(value: object) -> float:
+    return _within(value, 86400)
+
+
+def _within(value: object, most: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise ValueError
     seconds = float(value)
-    if not (math.isfinite(seconds) and 0 < seconds <= 86400):
+    if not (math.isfinite(seconds) and 0 < seconds <= most):
         raise ValueError
     return seconds
+
+
+def _life(value: object) -> float:
+    return 0.0 if value in ("0", 0) and value is not False else _within(value, 10 * 366 * 86400)
+
+
+def _number(value: object, most: int) -> int:
+    if isinstance(value, str) and re.fullmatch(r"\d{1,5}", value, re.ASCII):
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= most:
+        raise ValueError
+    return value
+
+
+def _port(value: object) -> int:
+    if (port := _number(value, 65535)) == 0:
+        raise ValueError
+    return port
+
+
+def _database(value: object) -> int:
+    return _number(value, 9999)
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str) or not value.isprintable() or len(value) > 1024:
+        raise ValueError
+    return value
+
+
+def _host(value: object) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._:-]{1,255}", host := _text(value), re.ASCII):
+        raise ValueError
+    return host
+
+
+def _prefix(value: object) -> str:
+    if not re.fullmatch(r"[\x21-\x7e]{0,256}", prefix := _text(value), re.ASCII):
+        raise ValueError
+    return prefix
+
+
+def _password(value: object) -> Secret | None:
+    if isinstance(value, str) and value:
+        value = value.encode()
+    if value is not None and not (isinstance(value, bytes) and value):
+        raise ValueError
+    return None if value is None else Secret(value)
+
+
+def _place_of_objects(value: object) -> str:
+    url = urlsplit(_text(value))
+    if url.scheme not in OBJECTS or not url.netloc or "@" in url.netloc or url.query:
+        raise ValueError
+    return f"{url.scheme}://{url.netloc}{url.path.rstrip('/')}"
+
+
+def _endpoint(value: object) -> str:
+    url = urlsplit(text := _text(value))
+    if text and (url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc):
+        raise ValueError
+    return text.rstrip("/")
 
 
 def _flag(value: object) -> bool:
@@ -169,10 +238,30 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "lease_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
         "find_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
         "reservation_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
+        "valkey.host": Setting(_host, "the name or address of a host"),
+        "valkey.port": Setting(_port, "a port from 1 to 65535"),
+        "valkey.db": Setting(_database, "a number from 0 to 9999"),
+        "valkey.user": Setting(_text, "the name of a user, or nothing"),
+        "valkey.password": Setting(_password, "a password"),
+        "valkey.tls": Setting(_flag, "1, 0, true or false"),
+        "valkey.cluster": Setting(_flag, "1, 0, true or false"),
+        "valkey.prefix": Setting(_prefix, "up to 256 printable ASCII characters, no blanks"),
+        "valkey.ttl_s": Setting(_life, "a number of seconds, 0 for ever"),
+        "valkey.timeout_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
+        "valkey.connections": Setting(_threads, "a number of connections from 1 to 256"),
+        "objects.url": Setting(
+            _place_of_objects, "s3://bucket/prefix, gs://bucket/prefix or az://account/container"
+        ),
+        "objects.endpoint": Setting(_endpoint, "an address such as https://host:9000, or nothing"),
+        "objects.region": Setting(_text, "the name of a region, or nothing"),
+        "objects.key_id": Setting(_text, "the id of an access key, or nothing"),
+        "objects.secret_key": Setting(_password, "the secret of an access key"),
+        "objects.timeout_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
+        "objects.connections": Setting(_threads, "a number of connections from 1 to 256"),
         "policy": Setting(_policy, "the name of a policy: lru"),
     }
 )
-DISK = "disk."
+HIDDEN = ("secret", "valkey.password", "objects.secret_key")
 ENVIRONMENT_OF: Mapping[str, str] = MappingProxyType(
     {name: PREFIX + name.replace(".", "_").upper() for name in SETTINGS}
 )
@@ -193,6 +282,20 @@ QUERIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "segment": "disk.segment_bytes",
             "durable": "disk.durable",
         },
+        **dict.fromkeys(
+            ("valkey", "redis", "valkeys", "rediss"),
+            {
+                name: f"valkey.{name}"
+                for name in ("cluster", "prefix", "ttl_s", "timeout_s", "connections")
+            },
+        ),
+        **dict.fromkeys(
+            OBJECTS,
+            {
+                name: f"objects.{name}"
+                for name in ("endpoint", "region", "timeout_s", "connections")
+            },
+        ),
     }
 )
 
@@ -210,7 +313,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     durable: bool = False
 
     def __post_init__(self) -> None:
-        _check(self, DISK)
+        _check(self, "disk.")
         fitting = min(SEGMENT_BYTES, max(SEGMENT_BYTES_MIN, self.size_bytes // 8))
         segment = self.segment_bytes or fitting
         if segment > self.size_bytes:
@@ -221,10 +324,56 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         msgspec.structs.force_setattr(self, "segment_bytes", segment)
 
 
+class Valkey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A Valkey or Redis server, or a cluster of them, that several engines may share.
+
+    `prefix` stands before the keys' names there. `ttl_s` is how long a block lives from its
+    writing; 0: until the server evicts it. `timeout_s`: how long the server may be silent.
+    """
+
+    host: str
+    port: int = 6379
+    db: int = 0
+    user: str = ""
+    password: Secret | None = None
+    tls: bool = False
+    cluster: bool = False
+    prefix: str = "kvengine:"
+    ttl_s: float = 0.0
+    timeout_s: float = 1.0
+    connections: int = 2
+
+    def __post_init__(self) -> None:
+        _check(self, "valkey.")
+        if self.cluster and self.db:
+            raise ConfigError(f"valkey.db is {self.db}: a cluster has database 0 only")
+
+
+class Objects(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A bucket of S3 (or what speaks as S3 does), Google Cloud Storage or Azure.
+
+    `url` is s3://bucket/prefix, gs://bucket/prefix or az://account/container. Where no key is
+    given, credentials are found as the cloud's own tools do: variables, profiles, the machine's
+    role. `timeout_s`: how long one request may take.
+    """
+
+    url: str
+    endpoint: str = ""
+    region: str = ""
+    key_id: str = ""
+    secret_key: Secret | None = None
+    timeout_s: float = 10.0
+    connections: int = 8
+
+    def __post_init__(self) -> None:
+        _check(self, "objects.")
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings of one engine. Sizes in bytes (texts such as "4G" are read), times in seconds.
 
-    `disk` is None for memory alone. `threads` copy and hash, `io_threads` read and write the disk.
+    `disk`, `valkey` and `objects` are the tiers below memory, in this order; None: not there.
+    `threads` copy and hash, `io_threads` read and write the disk.
     `find_s` is how long a look-up may wait for the answer of remote tiers.
     `secret` keys the block keys: two engines share blocks only where it is the same; it may be
     given as hex or as the path of a file, and is never printed.
@@ -233,6 +382,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     memory_bytes: int = GIB
     disk: Disk | None = None
+    valkey: Valkey | None = None
+    objects: Objects | None = None
     threads: int = 2
     io_threads: int = 2
     secret: Secret | None = None
@@ -242,20 +393,27 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     policy: Literal["lru"] = "lru"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.disk, Disk | None):
-            raise ConfigError(f"disk: given {self.disk!r}, expected a Disk(path=...) or None")
+        for name, kind in SECTIONS.items():
+            if not isinstance(given := getattr(self, name), kind | None):
+                raise ConfigError(f"{name}: given {given!r}, expected a {kind.__name__} or None")
         _check(self, "")
+        if self.secret is None and self.disk is None and (self.valkey or self.objects):
+            raise ConfigError(
+                "no secret is given, and no directory to keep one in: no other engine could name "
+                "the blocks of a remote tier. Set KVENGINE_SECRET to 64 hex digits (or a file with "
+                "them), the same for all engines that are to share blocks"
+            )
 
     def shown(self) -> dict[str, object]:
         """Give every setting by its dotted name, fit to be printed: the secret is hidden."""
         flat: dict[str, object] = {}
         for field in self.__struct_fields__:
             value = getattr(self, field)
-            if isinstance(value, Disk):
-                flat |= {DISK + inner: getattr(value, inner) for inner in value.__struct_fields__}
-            else:
-                flat[field] = str(value) if isinstance(value, Secret) else value
-        return flat
+            inner = value.__struct_fields__ if isinstance(value, msgspec.Struct) else ()
+            flat |= {f"{field}.{name}": getattr(value, name) for name in inner}
+            if not inner:
+                flat[field] = value
+        return {k: str(v) if isinstance(v, Secret) else v for k, v in flat.items()}
 
     @classmethod
     def load(
@@ -281,20 +439,33 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
                     _unknown(f"setting {name!r} ({origin})", name, SETTINGS)
                 given[name] = _read(name, value, origin)
                 origins[name] = origin
-        disk = {
-            name.removeprefix(DISK): given.pop(name)
-            for name in list(given)
-            if name.startswith(DISK)
-        }
-        if disk and "path" not in disk:
-            name = DISK + next(iter(disk))
-            raise ConfigError(
-                f"{name} ({origins[name]}) is set but {DISK}path is not: name the directory, as "
-                f"{ENVIRONMENT_OF[DISK + 'path']} or file:///path, or leave {name} out"
-            )
-        # Each value has gone through the reader of its setting, which gives it its type.
-        tier = Disk(**disk) if disk else None  # type: ignore[arg-type]  # as said above
-        return cls(disk=tier, **given), origins  # type: ignore[arg-type]  # as said above
+        sections: dict[str, object] = {}
+        for section, needed in NEEDED.items():
+            dotted = [name for name in given if name.startswith(f"{section}.")]
+            if dotted and f"{section}.{needed}" not in dotted:
+                raise ConfigError(
+                    f"{dotted[0]} ({origins[dotted[0]]}) is set but {section}.{needed} is not: "
+                    f"{NEEDED_HINT[section]}, as {ENVIRONMENT_OF[f'{section}.{needed}']}, or leave "
+                    f"{dotted[0]} out"
+                )
+            # Each value has gone through the reader of its setting, which gives it its type.
+            fields = {name.removeprefix(f"{section}."): given.pop(name) for name in dotted}
+            if fields:
+                sections[section] = SECTIONS[section](**fields)  # type: ignore[arg-type]  # above
+        return cls(**sections, **given), origins  # type: ignore[arg-type]  # as said above
+
+
+SECTIONS: Mapping[str, type[Disk | Valkey | Objects]] = MappingProxyType(
+    {"disk": Disk, "valkey": Valkey, "objects": Objects}
+)
+NEEDED: Mapping[str, str] = MappingProxyType({"disk": "path", "valkey": "host", "objects": "url"})
+NEEDED_HINT: Mapping[str, str] = MappingProxyType(
+    {
+        "disk": "name the directory",
+        "valkey": "name the server",
+        "objects": "name the bucket",
+    }
+)
 
 
 def parse_url(text: str) -> Config:
@@ -350,42 +521,84 @@ def _url(text: str) -> dict[str, object]:
     settings: dict[str, object] = {}
     seen: list[str] = []
     for part in map(str.strip, text.split("|")):
+        shown = _without_password(part)
         if "://" not in part:
-            raise ConfigError(f"URL {part!r} has no scheme; expected {EXAMPLE}")
+            raise ConfigError(f"URL {shown!r} has no scheme; expected {EXAMPLE}")
         try:
             url = urlsplit(part)
             query = parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query))
-        except ValueError as error:
-            raise ConfigError(f"URL {part!r}: {error}; expected {EXAMPLE}") from None
+        except ValueError:
+            raise ConfigError(f"URL {shown!r} cannot be read; expected {EXAMPLE}") from None
         scheme = url.scheme
         if scheme not in QUERIES:
             _unknown(f"URL scheme {part.partition('://')[0]!r}", scheme, QUERIES)
-        if scheme in seen or (scheme == "mem" and seen):
-            raise ConfigError(f"URL {text!r}: mem:// stands first, each tier once, as in {EXAMPLE}")
-        seen.append(scheme)
-        settings |= _place(scheme, url.netloc, url.path, part)
+        section = _section(scheme)
+        order = ("mem", *TIERS)
+        if seen and order.index(section) <= order.index(seen[-1]):
+            raise ConfigError(
+                f"URL {_without_password(text)!r}: mem:// stands first, then file://, valkey:// "
+                f"and s3:// (gs://, az://), each tier once, as in {EXAMPLE}"
+            )
+        seen.append(section)
+        settings |= _place(section, url, shown)
         for key, value in query:
             if key not in QUERIES[scheme]:
                 _unknown(f"key {key!r} of {scheme}:// in the URL", key, QUERIES[scheme])
             if QUERIES[scheme][key] in settings:
-                raise ConfigError(f"URL {part!r} gives {key} twice: leave one out")
+                raise ConfigError(f"URL {shown!r} gives {key} twice: leave one out")
             settings[QUERIES[scheme][key]] = value
         if url.fragment:
-            raise ConfigError(f"URL {part!r} has a '#': write it as %23")
+            raise ConfigError(f"URL {shown!r} has a '#': write it as %23")
     return settings
 
 
-def _place(scheme: str, netloc: str, path: str, part: str) -> dict[str, object]:
-    if scheme == "mem":
+def _section(scheme: str) -> str:
+    if scheme in OBJECTS:
+        return "objects"
+    return {"mem": "mem", "file": "disk"}.get(scheme, "valkey")
+
+
+def _without_password(text: str) -> str:
+    """Show a URL without what may be a password: errors are logged."""
+    return re.sub(r"(://[^/?|@]*:)[^|]*@", r"\1***@", text)
+
+
+def _place(section: str, url: SplitResult, shown: str) -> dict[str, object]:
+    """Read what stands between scheme and query."""
+    netloc, path = url.netloc, url.path
+    if section == "mem":
         if netloc or path not in ("", "/"):
-            raise ConfigError(f"URL {part!r}: memory has no place; expected mem://?size=4G")
+            raise ConfigError(f"URL {shown!r}: memory has no place; expected mem://?size=4G")
         return {}
-    if netloc or path in ("", "/"):
-        raise ConfigError(
-            f"URL {part!r} names no directory; expected an absolute path after three slashes: "
-            "file:///var/cache/kv"
-        )
-    return {"disk.path": unquote(path)}
+    if section == "disk":
+        if netloc or path in ("", "/"):
+            raise ConfigError(
+                f"URL {shown!r} names no directory; expected an absolute path after three slashes: "
+                "file:///var/cache/kv"
+            )
+        return {"disk.path": unquote(path)}
+    if section == "objects":
+        if not netloc or "@" in netloc:
+            raise ConfigError(
+                f"URL {shown!r} names no bucket; expected {url.scheme}://bucket/prefix, and the "
+                "key in variables"
+            )
+        return {"objects.url": f"{url.scheme}://{netloc}{unquote(path)}"}
+    try:
+        host, port = url.hostname, url.port
+    except ValueError:
+        host = port = None
+    if not host or "," in netloc:
+        raise ConfigError(f"URL {shown!r} names no server; expected valkey://host:6379")
+    found = {
+        "valkey.host": host,
+        "valkey.port": port,
+        "valkey.db": path.strip("/") or None,
+        "valkey.user": unquote(url.username or "") or None,
+        "valkey.password": unquote(url.password or "") or None,
+        "valkey.tls": True if url.scheme in ("valkeys", "rediss") else None,
+    }
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def _read(name: str, value: object, origin: str) -> object:
@@ -393,13 +606,13 @@ def _read(name: str, value: object, origin: str) -> object:
     try:
         return setting.read(value)
     except ValueError:
-        given = "a value that is not shown" if name == "secret" else repr(value)
+        given = "a value that is not shown" if name in HIDDEN else repr(value)
         raise ConfigError(
             f"{name} ({origin}): given {given}, expected {setting.expected}"
         ) from None
 
 
-def _check(struct: Disk | Config, prefix: str) -> None:
+def _check(struct: Disk | Valkey | Objects | Config, prefix: str) -> None:
     """Read every field of a struct that was made by hand as if it came from a file."""
     for field in struct.__struct_fields__:
         if (name := prefix + field) in SETTINGS:

@@ -37,6 +37,9 @@ from kvengine.tenants import DEFAULT, Tenants
 from kvengine.tiers import Tier
 from kvengine.tiers.disk import DiskTier
 from kvengine.tiers.finder import NOWHERE, Finder
+from kvengine.tiers.objects import ObjectsClient
+from kvengine.tiers.remote import Client, RemoteTier
+from kvengine.tiers.valkey import ValkeyClient
 from kvengine.transfer import Transfer, Transfers
 from kvengine.writer import Writer
 
@@ -363,7 +366,21 @@ class Engine:
             )
             self._tiers.append(tier)
             kept = path / "tenants.json"
+        if (valkey := self.config.valkey) is not None:
+            self._open_remote(
+                ValkeyClient(valkey), valkey.prefix, valkey.connections, valkey.timeout_s
+            )
+        if (objects := self.config.objects) is not None:
+            self._open_remote(ObjectsClient(objects), "", objects.connections, objects.timeout_s)
         return kept
+
+    def _open_remote(self, client: Client, prefix: str, threads: int, timeout_s: float) -> None:
+        lost = partial(self._lost, len(self._tiers))
+        self._tiers.append(
+            RemoteTier(
+                client, self.metrics, lost, prefix=prefix, threads=threads, timeout_s=timeout_s
+            )
+        )
 
     def _lost(self, number: int, keys: Sequence[bytes]) -> None:
         """Note that a remote tier has lost blocks that it was said to hold."""

@@ -4,7 +4,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvengine.config import ENVIRONMENT_OF, SETTINGS, Config, Disk, Secret, parse_url, size_bytes
+from kvengine.config import (
+    ENVIRONMENT_OF,
+    SETTINGS,
+    Config,
+    Disk,
+    Objects,
+    Secret,
+    Valkey,
+    parse_url,
+    size_bytes,
+)
 from kvengine.errors import ConfigError
 
 HEX = "00112233445566778899aabbccddeeff" * 2
@@ -61,6 +71,65 @@ def test_url_says_memory_and_disk():
     assert config.disk == disk
 
 
+def test_url_says_remote_tiers():
+    secret = {"secret": HEX}
+    url = "mem:// | redis://me:p%40ss@[::1]:7000/3?ttl_s=60&prefix=kv/&connections=4&timeout_s=2"
+    assert Config.load(url, options=secret, environ={})[0].valkey == Valkey(
+        host="::1",
+        port=7000,
+        db=3,
+        user="me",
+        password=Secret(b"p@ss"),
+        prefix="kv/",
+        ttl_s=60.0,
+        timeout_s=2.0,
+        connections=4,
+    )
+    for scheme, tls in (("valkey", False), ("valkeys", True), ("rediss", True)):
+        valkey = Config.load(f"{scheme}://h", options=secret, environ={})[0].valkey
+        assert valkey == Valkey(host="h", tls=tls)
+    url = "file:///kv | valkey://h?cluster=1 | s3://b/some/prefix/?endpoint=http://h:9&region=r"
+    config = parse_url(url)
+    assert config.disk == Disk(path="/kv") and config.valkey.cluster
+    assert config.objects == Objects(url="s3://b/some/prefix", endpoint="http://h:9", region="r")
+    for url in ("gs://bucket/prefix", "az://account/container"):
+        assert Config.load(url, options=secret, environ={})[0].objects == Objects(url=url)
+
+
+def test_a_remote_tier_wants_a_secret_that_others_can_have():
+    for url in ("valkey://h", "mem:// | s3://b"):
+        with pytest.raises(ConfigError, match="no secret is given.*KVENGINE_SECRET to 64 hex"):
+            parse_url(url)
+    assert parse_url("file:///kv | valkey://h").secret is None  # kept in the directory
+
+
+def test_passwords_are_never_shown():
+    url = "valkey://me:Geheim@h"
+    options = {"secret": HEX, "objects.url": "s3://b", "objects.secret_key": "Geheim"}
+    config, _ = Config.load(url, options=options, environ={})
+    shown = config.shown()
+    assert shown["valkey.password"] == shown["objects.secret_key"] == "hidden"
+    assert shown["valkey.user"] == "me"
+    assert config.valkey.password == b"Geheim"
+    for text in (repr(config), str(shown)):
+        assert "Geheim" not in text
+    wrong = (
+        "valkey://me:Geheim@h:port",
+        "valkey://me:Geheim@h?ttl=1 | mem://",
+        "valkey://me:Geheim@h#x",
+        "valkey://me:Ge/heim@h",
+        "valkey://:Geheim@h | file:///a",
+        "s3://id:Geheim@bucket",
+    )
+    for url in wrong:
+        with pytest.raises(ConfigError) as caught:
+            Config.load(url, options={"secret": HEX}, environ={})
+        assert "heim" not in str(caught.value), url
+        assert caught.value.__cause__ is None
+    with pytest.raises(ConfigError, match="a value that is not shown, expected a password"):
+        Config.load(options={"valkey.host": "h", "valkey.password": 7}, environ={})
+
+
 @pytest.mark.parametrize(
     ("url", "path"),
     [
@@ -84,7 +153,7 @@ def test_any_path_fits_in_a_url(name):
     ("url", "says"),
     [
         ("memory://", "unknown URL scheme 'memory'.*did you mean 'mem'.*known are mem, file"),
-        ("redis://localhost", "unknown URL scheme 'redis': known are mem, file"),
+        ("kdb://localhost", "unknown URL scheme 'kdb': .*known are mem, file, valkey, redis"),
         ("/var/cache", "'/var/cache' has no scheme; expected 'mem://"),
         ("", "'' has no scheme"),
         ("mem:// |", "'' has no scheme"),
@@ -103,6 +172,28 @@ def test_any_path_fits_in_a_url(name):
         ("file:///a?size=1M&segment=2M", "disk.segment_bytes is 2097152, more than disk.size_by"),
         ("file:///a | mem://", "mem:// stands first"),
         ("mem:// | mem://", "each tier once"),
+        ("valkey://h | file:///a", "mem:// stands first, then file://, valkey:// and s3://"),
+        ("valkey://h | redis://i", "each tier once"),
+        ("s3://b | gs://c", "each tier once"),
+        ("s3://b | valkey://c", "each tier once"),
+        ("valkey://", "names no server; expected valkey://host:6379"),
+        ("valkey://:secret@", r"'valkey://:\*\*\*@' names no server"),
+        ("valkey://h:port", "names no server"),
+        ("valkey://h:0", "valkey.port .url.: given 0, expected a port from 1 to 65535"),
+        ("valkey://h:70000", "names no server"),
+        ("valkey://a,b", "names no server"),
+        ("valkey://h/one", "valkey.db .url.: given 'one', expected a number from 0 to 9999"),
+        ("valkey://h/3?cluster=1", "valkey.db is 3: a cluster has database 0 only"),
+        ("valkey://h?prefix=a b", "valkey.prefix .*given 'a b', expected up to 256 printable"),
+        ("valkey://h?ttl_s=-1", "valkey.ttl_s .*expected a number of seconds, 0 for ever"),
+        ("valkey://h?password=x", "unknown key 'password' of valkey://"),
+        ("valkey://u:pw@h?x=1", "unknown key 'x'"),
+        ("s3://", "names no bucket; expected s3://bucket/prefix"),
+        ("s3://id:key@bucket", r"'s3://id:\*\*\*@bucket' names no bucket"),
+        (
+            "s3://b?endpoint=host",
+            "objects.endpoint .*expected an address such as https://host:9000",
+        ),
         ("file:///a | file:///b", "each tier once"),
     ],
 )
@@ -150,6 +241,24 @@ def test_every_setting_can_come_from_the_environment():
         "KVENGINE_RESERVATION_S": "2",
         "KVENGINE_FIND_S": "0.5",
         "KVENGINE_POLICY": "lru",
+        "KVENGINE_VALKEY_HOST": "h",
+        "KVENGINE_VALKEY_PORT": "7000",
+        "KVENGINE_VALKEY_DB": "0",
+        "KVENGINE_VALKEY_USER": "u",
+        "KVENGINE_VALKEY_PASSWORD": "p",
+        "KVENGINE_VALKEY_TLS": "1",
+        "KVENGINE_VALKEY_CLUSTER": "1",
+        "KVENGINE_VALKEY_PREFIX": "kv:",
+        "KVENGINE_VALKEY_TTL_S": "9",
+        "KVENGINE_VALKEY_TIMEOUT_S": "3",
+        "KVENGINE_VALKEY_CONNECTIONS": "3",
+        "KVENGINE_OBJECTS_URL": "s3://b",
+        "KVENGINE_OBJECTS_ENDPOINT": "https://e",
+        "KVENGINE_OBJECTS_REGION": "r",
+        "KVENGINE_OBJECTS_KEY_ID": "k",
+        "KVENGINE_OBJECTS_SECRET_KEY": "s",
+        "KVENGINE_OBJECTS_TIMEOUT_S": "4",
+        "KVENGINE_OBJECTS_CONNECTIONS": "5",
     }
     assert set(environ) == set(ENVIRONMENT_OF.values())
     config, origins = Config.load(environ=environ)
@@ -163,6 +272,27 @@ def test_every_setting_can_come_from_the_environment():
         lease_s=1.5,
         reservation_s=2.0,
         find_s=0.5,
+        valkey=Valkey(
+            host="h",
+            port=7000,
+            user="u",
+            password=Secret(b"p"),
+            tls=True,
+            cluster=True,
+            prefix="kv:",
+            ttl_s=9.0,
+            timeout_s=3.0,
+            connections=3,
+        ),
+        objects=Objects(
+            url="s3://b",
+            endpoint="https://e",
+            region="r",
+            key_id="k",
+            secret_key=Secret(b"s"),
+            timeout_s=4.0,
+            connections=5,
+        ),
     )
 
 
@@ -176,6 +306,12 @@ def test_every_setting_can_come_from_the_environment():
         ({"KVENGINE_LEASE_S": "-1"}, "given '-1'"),
         ({"KVENGINE_POLICY": "arc"}, "given 'arc', expected the name of a policy: lru"),
         ({"KVENGINE_DISK_SIZE_BYTES": "1G"}, "disk.path is not: name the directory, as KVENGINE_D"),
+        (
+            {"KVENGINE_VALKEY_TTL_S": "9"},
+            "valkey.host is not: name the server, as KVENGINE_VALKEY_H",
+        ),
+        ({"KVENGINE_OBJECTS_REGION": "r"}, "objects.url is not: name the bucket, as KVENGINE_OBJ"),
+        ({"KVENGINE_OBJECTS_URL": "b"}, "objects.url.*given 'b', expected s3://bucket/prefix, gs:"),
         ({"KVENGINE_CONFIG": "/nowhere.toml"}, "file /nowhere.toml: cannot be read: No such file"),
     ],
 )
