@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,10 +58,9 @@ class Save:
         """Reserve what is not held yet, and begin to encode it."""
         forms, count = self._forms, len(self._keys)
         head = 1 if self._keys.position == 0 and forms.first is not forms.usual else 0
-        if head:
-            self._part(0, head, forms.first)
-        if count > head:
-            self._part(head, count, forms.usual)
+        for first, last, form in ((0, head, forms.first), (head, count, forms.usual)):
+            if first < last:
+                self._transfers.guarded(self._transfer, partial(self._part, first, last, form))
         self._part_done()
 
     def _part(self, first: int, last: int, form: Form) -> None:
@@ -71,23 +71,30 @@ class Save:
         self._good[first:last] |= reservation.held
         if not len(reservation):
             return
+        try:
+            job = self._job(reservation, first, form)
+        except BaseException:
+            self._store.abort(reservation)
+            raise
+        with self._lock:
+            self._left += 1
+        self._transfers.save(self._transfer, job, form.codec)
+
+    def _job(self, reservation: Reservation, first: int, form: Form) -> Job:
         rows = reservation.indices + first
-        frames = self._store.arena.addresses(reservation.slots) + form.template.header_bytes
         table = form.codec.table(
             self._cache,
-            frames,
+            self._store.arena.addresses(reservation.slots) + form.template.header_bytes,
             None if self._table is None else self._table[rows],
             None if self._mapping is None else self._mapping[rows],
         )
-        digests = np.zeros((len(rows), keys.namespace.layout.layers, 2), dtype=np.uint64)
+        layers = self._keys.namespace.layout.layers
+        digests = np.zeros((len(rows), layers, 2), dtype=np.uint64)
 
         def done(verdicts: NDArray[np.uint8]) -> None:
             self._encoded(form, reservation, first, digests, verdicts)
 
-        with self._lock:
-            self._left += 1
-        job = Job(table, digests, rows, done, self._cache)
-        self._transfers.save(self._transfer, job, form.codec)
+        return Job(table, digests, rows, done, self._cache)
 
     def _encoded(
         self,
@@ -99,22 +106,38 @@ class Save:
     ) -> None:
         """Commit what is whole; save what found no room in the spare form, which has room."""
         whole = (verdicts == GOOD).all(axis=1)
-        self._write_headers(form, reservation, digests)
-        saved = self._store.commit(reservation, whole)
         rows = reservation.indices + first
-        if saved:
-            self._good[rows] |= whole
-        with self._lock:
-            self._saved += saved
-        if self._finder:
-            self._finder.forget([reservation.keys.key(i) for i in reservation.indices.tolist()])
-        if not whole.all():
-            full = ((verdicts == GOOD) | (verdicts == OVERFULL)).all(axis=1) & ~whole
-            self._save_overfull(rows[full], form)
-        self._part_done()
+        saved = 0
+        try:
+            saved = self._commit(form, reservation, digests, whole)
+            if saved:
+                self._good[rows] |= whole
+            with self._lock:
+                self._saved += saved
+            if self._finder:
+                self._finder.forget([reservation.keys.key(i) for i in reservation.indices.tolist()])
+            if not whole.all():
+                full = ((verdicts == GOOD) | (verdicts == OVERFULL)).all(axis=1) & ~whole
+                self._save_overfull(rows[full], form)
+        finally:
+            self._part_done()
         self._transfers.stand_back()
         self._metrics.add("saved_blocks", saved)
         self._on_saved(reservation.keys, len(rows))
+
+    def _commit(
+        self,
+        form: Form,
+        reservation: Reservation,
+        digests: NDArray[np.uint64],
+        whole: NDArray[np.bool_],
+    ) -> int:
+        try:
+            self._write_headers(form, reservation, digests)
+            return self._store.commit(reservation, whole)
+        except BaseException:
+            self._store.abort(reservation)
+            raise
 
     def _save_overfull(self, rows: NDArray[np.intp], form: Form) -> None:
         """Save blocks again, in the form that has room for all."""

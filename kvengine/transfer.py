@@ -182,9 +182,9 @@ class Transfers:
         """Finish what is queued and end the threads. False if that took longer than the time."""
         return self._workers.close(timeout_s)
 
-    def submit(self, transfer: Transfer, work: Callable[[], None]) -> bool:
+    def submit(self, work: Callable[[], None]) -> bool:
         """Queue other work of a transfer. False once closed."""
-        return self._workers.submit(partial(self._guarded, transfer, work))
+        return self._workers.submit(work)
 
     def stand_back(self) -> None:
         """Let those who waited for a finished transfer run first, unless more copying is due.
@@ -199,13 +199,18 @@ class Transfers:
         for transfer in list(self._live):
             transfer.abandon()
 
-    def _guarded(self, transfer: Transfer, work: Callable[[], None]) -> None:
-        """Run the books' part of a transfer; should it fail, nobody waits for ever."""
+    def guarded(self, transfer: Transfer, work: Callable[[], None]) -> bool:
+        """Run the books' part of a transfer. False where it failed: that is counted and said.
+
+        The owner finishes the transfer all the same, when nothing moves any more.
+        """
         try:
             work()
         except Exception as error:  # a thread loop's border
             self._on_error(error)
-            transfer.finish(np.zeros_like(transfer.good), 0, f"{type(error).__name__}: {error}")
+            transfer.error = transfer.error or f"{type(error).__name__}: {error}"
+            return False
+        return True
 
     def _run(
         self,
@@ -238,7 +243,7 @@ class Transfers:
                 last = left[0] == 0
                 self._jobs -= last
             if last:
-                self._guarded(transfer, partial(job.on_done, verdicts))
+                self.guarded(transfer, partial(job.on_done, verdicts))
 
         # Each thread takes the next task that is left: one wake-up a thread, not one a task.
         waiting = iter(tasks)

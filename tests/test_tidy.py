@@ -81,7 +81,7 @@ ENVIRONMENT = ("config",)
 CATCH_ALL = (
     ("workers", "Workers._run"),
     ("transfer", "Transfers._run.run"),
-    ("transfer", "Transfers._guarded"),
+    ("transfer", "Transfers.guarded"),
     ("adapters.*", "*guarded"),
 )
 # One registry of engines by config, in an adapter whose framework builds several objects.
