@@ -100,6 +100,21 @@ def compile(variant: Variant, target: str) -> Built:
     if target not in TARGETS:
         raise ValueError(f"target {target!r}, expected one of {', '.join(TARGETS)}")
     backend, arch, threads = TARGETS[target]
+    start = time.perf_counter()
+    made = machine(variant, backend, arch, threads)
+    seconds = time.perf_counter() - start
+    shared_bytes = int(made.metadata.shared)
+    if backend == "cuda":
+        usage, code = _disassembled(made.asm["cubin"])
+        return _read_sass(variant.name, target, usage, code, shared_bytes, seconds)
+    return _read_amdgcn(variant.name, target, made.asm["amdgcn"], shared_bytes, seconds)
+
+
+def machine(variant: Variant, backend: str, arch: int | str, threads: int) -> Any:
+    """Give what `triton.compile` makes of `variant` for a target that TARGETS need not have.
+
+    Raises as `compile` does, which reads it; `launch.Bare` runs it.
+    """
     triton = importlib.import_module("triton")
     compiler = importlib.import_module("triton.compiler")
     targets = importlib.import_module("triton.backends.compiler")
@@ -118,18 +133,11 @@ def compile(variant: Variant, target: str) -> Built:
             for name in variant.aligned
         },
     )
-    start = time.perf_counter()
-    made = triton.compile(
+    return triton.compile(
         source,
         target=targets.GPUTarget(backend, arch, threads),
         options={"num_warps": variant.num_warps, "enable_fp_fusion": variant.fp_fusion},
     )
-    seconds = time.perf_counter() - start
-    shared_bytes = int(made.metadata.shared)
-    if backend == "cuda":
-        usage, code = _disassembled(made.asm["cubin"])
-        return _read_sass(variant.name, target, usage, code, shared_bytes, seconds)
-    return _read_amdgcn(variant.name, target, made.asm["amdgcn"], shared_bytes, seconds)
 
 
 def faults(variant: Variant, built: Built) -> list[str]:

@@ -59,10 +59,10 @@ class Moves:
     block_nbytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        _expect("components", self.components, np.int64, (None, COLUMNS))
-        _expect("segments", self.segments, np.int64, (None, 4))
-        _expect("frames", self.frames, np.int64, (None,))
-        _expect("offsets", self.offsets, np.int64, (None, len(self.frames), None))
+        expect("components", self.components, np.int64, (None, COLUMNS))
+        expect("segments", self.segments, np.int64, (None, 4))
+        expect("frames", self.frames, np.int64, (None,))
+        expect("offsets", self.offsets, np.int64, (None, len(self.frames), None))
         nbytes = self.segments[:, NBYTES]
         object.__setattr__(self, "short_nbytes", int(nbytes.min(initial=1 << 62)))
         object.__setattr__(self, "block_nbytes", int(nbytes.sum()))
@@ -115,7 +115,7 @@ def gather(
     """
     _ranges(moves, blocks, segments)
     shape = (len(moves.frames), len(moves.segments), 2)
-    _expect("digests", digests, np.uint64, shape)
+    expect("digests", digests, np.uint64, shape)
     compiled = choose(native)
     if compiled is None or moves.short_nbytes <= compiled.SHORT_NBYTES:
         _gather_plain(moves, blocks, segments, digests)
@@ -149,8 +149,8 @@ def scatter(
     """
     _ranges(moves, blocks, segments)
     shape = (len(moves.frames), len(moves.segments))
-    _expect("digests", digests, np.uint64, (*shape, 2))
-    _expect("verdicts", verdicts, np.uint8, shape)
+    expect("digests", digests, np.uint64, (*shape, 2))
+    expect("verdicts", verdicts, np.uint8, shape)
     compiled = choose(native)
     if compiled is None or moves.short_nbytes <= compiled.SHORT_NBYTES:
         _scatter_plain(moves, blocks, segments, digests, verdicts)
@@ -314,9 +314,10 @@ def _streams(moves: Moves, blocks: Span, segments: Span) -> bool:
     return (blocks[1] - blocks[0]) * moves.block_nbytes * share > STREAM_NBYTES
 
 
-def _expect(
+def expect(
     name: str, table: npt.NDArray[np.generic], dtype: type, shape: tuple[int | None, ...]
 ) -> None:
+    """Raise ValueError unless `table` is C-contiguous, of this dtype and shape (None: any size)."""
     fits = table.ndim == len(shape) and all(
         want is None or have == want for have, want in zip(table.shape, shape, strict=False)
     )

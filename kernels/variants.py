@@ -1,12 +1,16 @@
 """Every Triton variant, to be compiled ahead of time: by the tests, by the bench, by who ships it.
 
-A kernel module lists its own as `VARIANTS`; a new module is one line here. Imports triton and
-torch, so it is imported on use only.
+A kernel module lists its own as `VARIANTS`; a new module is one line here. Imports triton,
+so it is imported on use only.
 """
 
-from kvengine.kernels import device
+from kvengine.kernels import device, swap_device, xxh3_device
 from kvengine.kernels.build import TARGETS, Built, Variant, compile, faults
 
 __all__ = ["TARGETS", "VARIANTS", "Built", "Variant", "compile", "faults"]
 
-VARIANTS: tuple[Variant, ...] = (*device.VARIANTS,)
+VARIANTS: tuple[Variant, ...] = (
+    *device.VARIANTS,
+    *swap_device.VARIANTS,
+    *xxh3_device.VARIANTS,
+)

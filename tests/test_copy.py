@@ -4,9 +4,6 @@ Run as a program it does the Triton kernel's part: the interpreter must be chose
 is imported, so that part has a process of its own.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,6 +13,7 @@ import numpy as np
 import pytest
 import xxhash
 
+import gpu
 from kvengine.kernels import copy, launch
 from kvengine.kernels.copy import Moves
 
@@ -67,9 +65,11 @@ POOL = 8  # blocks of a cache
 
 
 class Setup:
-    """The memory of a case, its Moves, and what must be in each frame."""
+    """The memory of a case, where `place` puts it, its Moves, and what must be in each frame."""
 
-    def __init__(self, case: Case, seed: int = 0) -> None:
+    def __init__(
+        self, case: Case, seed: int = 0, place: Callable[[np.ndarray], np.ndarray] = np.asarray
+    ) -> None:
         rng = np.random.default_rng(seed)
         tokens, heads, count = case.tokens, case.heads, len(case.blocks)
         lead = (POOL, tokens) if case.paged else (POOL * tokens,)
@@ -87,11 +87,12 @@ class Setup:
             whole = rng.integers(0, 256, (*lead, heads, width), dtype=np.uint8)
             if case.order == "HND":  # the same axes, other strides
                 whole = np.ascontiguousarray(np.moveaxis(whole, -2, -3)).swapaxes(-2, -3)
+            whole = place(whole)
             ends = np.cumsum([0, *case.dims])
             views = [whole[..., a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
             if not case.joined:
                 views = [view.copy(order="K") for view in views]
-                views = [_same_order(view, case.order) for view in views]
+                views = [place(_same_order(view, case.order)) for view in views]
             self.caches += [whole] if case.joined else views
             first, start = len(rows), at
             for group, view in enumerate(views):
@@ -122,7 +123,7 @@ class Setup:
         units = case.tokens if case.slots else 1
         self.payload_nbytes = at
         stride = -(-at // 64) * 64 + 64
-        self.memory = np.full(stride * count + 128, POISON, np.uint8)
+        self.memory = place(np.full(stride * count + 128, POISON, np.uint8))
         start = -self.memory.ctypes.data % 64 + case.lead
         self.starts = [start + n * stride for n in range(count)]
         self.wanted = self.memory.copy()
@@ -402,14 +403,7 @@ def test_native_without_numba_says_what_to_install(monkeypatch: pytest.MonkeyPat
 def test_triton_kernel_equals_the_reference(require: Callable[[str], ModuleType]) -> None:
     require("triton")
     require("torch")
-    done = subprocess.run(
-        [sys.executable, __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [case.name for case in CASES]
+    assert gpu.run(__file__).split() == [case.name for case in CASES]
 
 
 def test_triton_kernel_compiles_for_a_gpu_to_wide_loads(
@@ -430,16 +424,18 @@ def test_triton_kernel_compiles_for_a_gpu_to_wide_loads(
     assert ".local" not in built.asm["ptx"]
 
 
-def interpret() -> None:
+def on_device() -> None:
     """Run every case through the Triton kernel, on the addresses of numpy arrays."""
     from kvengine.kernels import device
 
     for case in CASES:
-        setup = Setup(case)
-        device.gather(setup.moves, *setup.everything, "cpu")
+        setup = Setup(case, place=gpu.reachable)
+        device.gather(setup.moves, *setup.everything, gpu.device())
+        gpu.settle()
         assert np.array_equal(setup.memory, setup.wanted), f"gather {case}"
         before = setup.empty_caches()
-        device.scatter(setup.moves, *setup.everything, "cpu")
+        device.scatter(setup.moves, *setup.everything, gpu.device())
+        gpu.settle()
         check_caches(setup, before, case)
         if len(case.blocks) > 2:
             ranged(device, case)
@@ -447,10 +443,11 @@ def interpret() -> None:
 
 
 def ranged(device: ModuleType, case: Case) -> None:
-    setup = Setup(case)
-    device.gather(setup.moves, (1, 3), (1, 2), "cpu")
+    setup = Setup(case, place=gpu.reachable)
+    device.gather(setup.moves, (1, 3), (1, 2), gpu.device())
+    gpu.settle()
     assert np.array_equal(setup.memory, setup.wanted_in((1, 3), 1)), f"gather of a range {case}"
 
 
 if __name__ == "__main__":
-    interpret()
+    on_device()

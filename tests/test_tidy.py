@@ -25,7 +25,7 @@ HEAVY = ("torch", "triton", "jax", "jaxlib", "numba", "llvmlite", "transformers"
 # A module imports only from rows above its own. Names are below `kvengine.`; "" is the package
 # itself, what `import kvengine` gives. A row may name modules that are still to come.
 LAYERS = (
-    ("errors", "compiled", "workers", "kernels.native", "kernels.build"),
+    ("errors", "compiled", "workers", "kernels.native", "kernels.build", "kernels.driver"),
     ("metrics", "policy", "layout", "adapters.array", "kernels.launch", "kernels.memory"),
     ("policy.*", "keys", "arena", "kernels.digest"),
     ("kernels.copy", "peer.ring"),
@@ -36,6 +36,7 @@ LAYERS = (
         "frame",
         "tenants",
         "kernels.device",
+        "kernels.relayout",
         "kernels.*_native",
         "tiers.files",
         "tiers.format",
