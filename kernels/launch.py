@@ -299,6 +299,19 @@ def _quantizers() -> ModuleType | None:
     return importlib.import_module("kvengine.kernels.quant_native")
 
 
+@functools.cache
+def _coders() -> ModuleType | None:
+    """Load the compiled CPU path of lossless coding, as `native` does."""
+    if native() is None:
+        return None
+    return importlib.import_module("kvengine.kernels.lossless_native")
+
+
+def coders(wanted: bool | None) -> ModuleType | None:
+    """Choose the compiled path of lossless coding, as `choose` does."""
+    return None if choose(wanted) is None else _coders()
+
+
 def quantizers(wanted: bool | None) -> ModuleType | None:
     """Choose the compiled path of the lossy codecs, as `choose` does."""
     return None if choose(wanted) is None else _quantizers()
