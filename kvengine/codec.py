@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kvengine import frame
 from kvengine.cache import PagedCache
 from kvengine.errors import LayoutError
-from kvengine.kernels import copy, quant, rows
+from kvengine.kernels import copy, lossless, quant, rows
 from kvengine.kernels.copy import Moves, Span
 from kvengine.kernels.rows import Rows
 from kvengine.layout import Layout
@@ -114,14 +114,19 @@ class Forms(Generic[One]):
         return Forms(made[self.usual], made[self.first], spare)
 
 
-def forms_of(fidelity: str, layout: Layout) -> Forms[Codec]:
+def forms_of(fidelity: str, layout: Layout, *, smaller: bool = True) -> Forms[Codec]:
     """Return the codecs of a fidelity: "exact", or the name of a lossy codec, parameters or none.
 
-    Raises LayoutError for an unknown one, and for a layout that it cannot take.
+    smaller: whether exact blocks are saved as `lossless` where that pays; if not they are saved as
+    they are, and those that another has saved so are read all the same. Raises LayoutError for an
+    unknown fidelity, and for a layout that it cannot take.
     """
     if fidelity == EXACT:
         raw: Codec = Raw(layout)
-        return Forms(raw, raw)
+        if not Lossless.pays(layout):
+            return Forms(raw, raw)
+        coded: Codec = Lossless(layout)
+        return Forms(coded, coded, raw) if smaller else Forms(raw, raw, coded)
     scheme = fidelity.partition(" ")[0]
     if scheme not in quant.SCHEMES or fidelity not in (scheme, QUANTISED[scheme][1]):
         known = ", ".join((EXACT, *quant.SCHEMES))
@@ -176,6 +181,64 @@ class Raw:
         copy.scatter(table, blocks, segments, digests, verdicts)
 
 
+class Lossless:
+    """Exponents coded in 3 bits, equal content in three quarters: see kvengine.kernels.lossless."""
+
+    encoding = frame.ENCODING_LOSSLESS
+    fidelity = EXACT
+
+    def __init__(self, layout: Layout) -> None:
+        assert self.pays(layout)
+        parts = [
+            lossless.encoded_nbytes(layout.block_tokens, layout.kv_heads * dim)
+            for dim in layout.head_dims
+        ]
+        self.segment_bytes = np.full(layout.layers, sum(parts), dtype=np.uint64)
+        self._places, self._segments = _segments(parts, layout.layers)
+
+    @staticmethod
+    def pays(layout: Layout) -> bool:
+        """Tell whether it fits the layout, and each component gets smaller by an eighth or more."""
+        return layout.dtype == "bfloat16" and all(
+            dim % lossless.GROUP == 0 and lossless.pays(layout.block_tokens, layout.kv_heads * dim)
+            for dim in layout.head_dims
+        )
+
+    def table(
+        self,
+        cache: PagedCache,
+        frames: Int64s,
+        block_table: Int64s | None,
+        slot_mapping: Int64s | None,
+    ) -> Rows:
+        """Describe rows, one for each head of each token."""
+        return cache.rows(frames, block_table, slot_mapping, self._places, self._segments)
+
+    def encode(
+        self,
+        table: Table,
+        blocks: Range,
+        segments: Range,
+        digests: NDArray[np.uint64],
+        verdicts: NDArray[np.uint8],
+    ) -> None:
+        """Code and digest in one pass; a segment is OVERFULL where exponents are far apart."""
+        assert isinstance(table, Rows)
+        lossless.encode(table, blocks, segments, digests, verdicts)
+
+    def decode(
+        self,
+        table: Table,
+        blocks: Range,
+        segments: Range,
+        digests: NDArray[np.uint64],
+        verdicts: NDArray[np.uint8],
+    ) -> None:
+        """Verify and decode in one pass."""
+        assert isinstance(table, Rows)
+        lossless.decode(table, blocks, segments, digests, verdicts)
+
+
 # Raise a scheme's version when its bytes change: blocks of another are other blocks.
 QUANTISED = {
     "int8": (frame.ENCODING_INT8, "int8 v0 scale=row"),
@@ -206,12 +269,7 @@ class Quantised:
             for part, dim in enumerate(layout.head_dims)
         ]
         self.segment_bytes = np.full(layout.layers, sum(parts), dtype=np.uint64)
-        starts = np.cumsum([0, *parts * layout.layers]).astype(np.int64)
-        self._places = starts[:-1]
-        first = np.arange(layout.layers, dtype=np.int64) * len(parts)
-        counts = np.full_like(first, len(parts))
-        columns = (first, counts, starts[first], np.full_like(first, sum(parts)))
-        self._segments = np.stack(columns, axis=1)
+        self._places, self._segments = _segments(parts, layout.layers)
 
     def table(
         self,
@@ -247,3 +305,15 @@ class Quantised:
         """Verify what the frames hold, then give values back."""
         assert isinstance(table, Rows)
         quant.decode(self._scheme, table, blocks, segments, digests, verdicts)
+
+
+def _segments(parts: list[int], layers: int) -> tuple[Int64s, Int64s]:
+    """Lay out a payload whose layers are encoded components of these sizes.
+
+    Returns where each component begins, and the table of segments that Rows takes.
+    """
+    starts = np.cumsum([0, *parts * layers]).astype(np.int64)
+    first = np.arange(layers, dtype=np.int64) * len(parts)
+    counts = np.full_like(first, len(parts))
+    columns = (first, counts, starts[first], np.full_like(first, sum(parts)))
+    return starts[:-1], np.stack(columns, axis=1)

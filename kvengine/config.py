@@ -230,6 +230,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "disk.size_bytes": Setting(_memory, "a size of at least 64K, such as 100G or 1.5T"),
         "disk.segment_bytes": Setting(_segment, "a size of at least 64K, such as 256M, or 0"),
         "disk.durable": Setting(_flag, "1, 0, true or false"),
+        "lossless": Setting(_flag, "1, 0, true or false"),
         "threads": Setting(_threads, "a number of threads from 1 to 256"),
         "io_threads": Setting(_threads, "a number of threads from 1 to 256"),
         "secret": Setting(
@@ -270,6 +271,7 @@ QUERIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
     {
         "mem": {
             "size": "memory_bytes",
+            "lossless": "lossless",
             "threads": "threads",
             "io_threads": "io_threads",
             "lease_s": "lease_s",
@@ -374,6 +376,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     `disk`, `valkey` and `objects` are the tiers below memory, in this order; None: not there.
     `threads` copy and hash, `io_threads` read and write the disk.
+    `lossless` saves bf16 blocks in three quarters of their size, which takes longer than copying
+    them; either way what is saved is loaded bit for bit, by engines set either way.
     `find_s` is how long a look-up may wait for the answer of remote tiers.
     `secret` keys the block keys: two engines share blocks only where it is the same; it may be
     given as hex or as the path of a file, and is never printed.
@@ -384,6 +388,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     disk: Disk | None = None
     valkey: Valkey | None = None
     objects: Objects | None = None
+    lossless: bool = True
     threads: int = 2
     io_threads: int = 2
     secret: Secret | None = None

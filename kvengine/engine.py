@@ -128,7 +128,7 @@ class Engine:
         Raises LayoutError for a layout that the fidelity cannot take.
         """
         self._alive()
-        forms = forms_of(fidelity, layout)
+        forms = forms_of(fidelity, layout, smaller=self.config.lossless)
         identity = Identity(
             format_version=FORMAT_VERSION,
             tenant=DEFAULT,
@@ -391,6 +391,7 @@ class Engine:
         """Have compiled kernels and memory ready before the first save asks for them."""
         try:
             launch.choose(None)
+            launch.coders(None)
             exercise()
         finally:
             self._ready.set()

@@ -9,7 +9,7 @@ import pytest
 import kvengine
 import rig
 from kvengine import Engine, Layout, LayoutError
-from kvengine.codec import Forms, Quantised, Raw, forms_of
+from kvengine.codec import Forms, Lossless, Quantised, Raw, forms_of
 from kvengine.frame import frame_bytes
 from kvengine.kernels import copy, quant
 
@@ -104,7 +104,7 @@ def test_a_lossy_block_never_answers_another_fidelity(engine, scheme):
         assert engine.probe(keys) == (3 if other == scheme else 0)
 
 
-@each_scheme
+@pytest.mark.parametrize("scheme", ("exact", *quant.SCHEMES))
 def test_a_flipped_bit_is_found(engine, scheme):
     of = LAYOUTS["bf16"]
     names = rig.names(engine, of, fidelity=scheme)
@@ -228,3 +228,100 @@ def test_a_scheme_has_a_codec():
         codec = Quantised(of, scheme)
         assert codec.fidelity.startswith(f"{scheme} v")
         assert forms_of(codec.fidelity, of).usual.encoding == codec.encoding
+
+
+def words(of: Layout, cache: rig.Caches, table: list[int]) -> list[np.ndarray]:
+    slots = rig.slots_of(of, table)
+    return [rig.by_token(of, array)[slots] for layer in cache for array in layer]
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        LAYOUTS["bf16"],
+        LAYOUTS["latent"],
+        rig.layout(dtype="bfloat16", head_dim=80, head_dim_v=96, order="HND", block_tokens=33),
+        rig.layout(dtype="bfloat16", head_dim=128, head_dim_v=128, paged=False, block_tokens=64),
+    ],
+    ids=["bf16", "latent", "odd", "flat"],
+)
+def test_bf16_is_kept_bit_for_bit_in_less_memory(engine, of):
+    keys = rig.names(engine, of).keys(rig.prompt(5, of))
+    source, target = normal(of, POOL), rig.caches(of, POOL)
+    given, places = [7, 0, 3, 8, 2], [1, 8, 4, 6, 0]
+    saved = rig.save(engine, keys, source, given)
+    assert saved.good.all() and saved.nbytes == 5 * of.payload_bytes
+    pages = -(-int(Lossless(of).segment_bytes.sum()) // 4096)
+    stats = engine.stats()
+    assert stats["memory_bytes"] == 5 * 4096 * (1 + pages)
+    assert stats["memory_bytes"] < 5 * frame_bytes(of)
+    below(engine)
+    assert rig.load(engine, keys, target, places).good.all()
+    assert rig.untouched(of, target, rig.slots_of(of, places))
+    for one, other in zip(words(of, source, given), words(of, target, places), strict=True):
+        assert np.array_equal(one, other)
+    again = rig.caches(of, POOL)
+    rig.load(engine, keys, again, slot_mapping=rig.slots_of(of, places))
+    assert rig.same(of, again, rig.slots_of(of, places), target, rig.slots_of(of, places))
+    stats = engine.stats()
+    assert stats["corrupt_blocks"] == 0 and engine.metrics.get("overfull_blocks") == 0
+
+
+def test_a_block_of_any_bytes_is_kept_as_it_is(engine):
+    """Random bytes have no exponents in common: those blocks are counted, and saved raw."""
+    of = LAYOUTS["bf16"]
+    keys = rig.names(engine, of).keys(rig.prompt(POOL, of))
+    source, noise = normal(of, POOL), rig.caches(of, POOL, seed=3)
+    for layer, twin in zip(source, noise, strict=True):
+        layer[1][1::3] = twin[1][1::3]
+    assert rig.save(engine, keys, source).good.all()
+    assert engine.metrics.get("overfull_blocks") == 3
+    small = 4096 + int(Lossless(of).segment_bytes.sum())
+    assert engine.stats()["memory_bytes"] == 6 * small + 3 * frame_bytes(of)
+    below(engine)
+    assert rig.check_right(engine, keys, source).all()
+
+
+def test_engines_with_and_without_it_read_each_other(tmp_path):
+    of = LAYOUTS["bf16"]
+    one, two = normal(of, 4, seed=1), normal(of, 4, seed=2)
+    place = f"file://{tmp_path}?size=64M"
+
+    def opened(lossless: int) -> Engine:
+        return kvengine.open(f"mem://?size=16M&lossless={lossless} | {place}")
+
+    def held(engine: Engine, seed: int):
+        return rig.names(engine, of).keys(rig.prompt(4, of, seed))
+
+    sizes = []
+    with opened(1) as engine:
+        assert rig.save(engine, held(engine, 1), one).good.all()
+        sizes.append(engine.stats()["memory_bytes"])
+    with opened(0) as engine:
+        assert rig.check_right(engine, held(engine, 1), one).all()
+        assert not rig.save(engine, held(engine, 1), one).nbytes  # it is held already
+        engine.squeeze(0)
+        assert rig.save(engine, held(engine, 2), two).good.all()
+        sizes.append(engine.stats()["memory_bytes"])
+    assert sizes == [4 * (4096 + int(Lossless(of).segment_bytes.sum())), 4 * frame_bytes(of)]
+    with opened(1) as engine:
+        assert rig.check_right(engine, held(engine, 2), two).all()
+        assert rig.check_right(engine, held(engine, 1), one).all()
+        assert engine.stats()["corrupt_blocks"] == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dtype": "float16"},
+        {"dtype": "bfloat16", "block_tokens": 1},
+        {"dtype": "bfloat16", "head_dim": 33},
+        {"dtype": "bfloat16", "head_dim_v": 12},
+        {"dtype": "uint8"},
+    ],
+)
+def test_what_would_not_get_smaller_is_kept_as_it_is(changes):
+    of = rig.layout(**changes)
+    assert not Lossless.pays(of)
+    assert [type(each) for each in forms_of("exact", of)] == [Raw]
+    assert [type(each) for each in forms_of("exact", LAYOUTS["bf16"])] == [Lossless, Raw]

@@ -230,6 +230,7 @@ def test_each_source_overrides_the_next(tmp_path):
 def test_every_setting_can_come_from_the_environment():
     environ = {
         "KVENGINE_MEMORY_BYTES": "2G",
+        "KVENGINE_LOSSLESS": "0",
         "KVENGINE_DISK_PATH": "/kv",
         "KVENGINE_DISK_SIZE_BYTES": "3G",
         "KVENGINE_DISK_SEGMENT_BYTES": "1G",
@@ -265,6 +266,7 @@ def test_every_setting_can_come_from_the_environment():
     assert set(origins.values()) == {f"env {name}" for name in environ}
     assert config == Config(
         memory_bytes=2 * G,
+        lossless=False,
         disk=Disk(path="/kv", size_bytes=3 * G, segment_bytes=G, durable=True),
         threads=1,
         io_threads=3,
