@@ -481,6 +481,12 @@ def parse_url(text: str) -> Config:
     return Config.load(text, environ={})[0]
 
 
+def cache_home(environ: Mapping[str, str] = os.environ) -> Path:
+    """Return the user's folder for what can be made again: $XDG_CACHE_HOME, else ~/.cache."""
+    given = environ.get("XDG_CACHE_HOME", "")
+    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "kvengine"
+
+
 def _sources(
     url: str | None,
     file: str | Path | None,

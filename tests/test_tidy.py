@@ -51,8 +51,9 @@ LAYERS = (
     ("engine",),
     ("",),
     ("server", "web", "adapters.torch", "adapters.jax", "adapters.vllm_identity"),
+    ("adapters.transformers_identity", "demo.text", "demo.model"),
     ("adapters.transformers", "adapters.vllm_halves"),
-    ("adapters.vllm", "adapters.sglang", "demo"),
+    ("adapters.vllm", "adapters.sglang", "demo", "demo.steps"),
     ("cli",),
 )
 # Whoever may import is above, but these may not: tiers and peers are handed to the store.
@@ -68,7 +69,7 @@ LAZY = (
 # Modules whose whole purpose is a framework, or that are imported only where it is there.
 FRAMEWORK = (
     "adapters.*",
-    "demo",
+    "demo.*",
     "kernels.device",
     "kernels.native",
     "kernels.*_device",
