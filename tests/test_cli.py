@@ -10,6 +10,7 @@ import pytest
 
 import kvengine
 from kvengine import cli, errors
+from kvengine.config import Config
 
 
 @pytest.fixture(autouse=True)
@@ -89,7 +90,8 @@ def test_config_show_hides_the_secret(capsys: pytest.CaptureFixture[str]) -> Non
 def test_config_check(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     url = f"mem://?size=1G | file://{tmp_path}/not/made/yet"
     assert cli.run(["config", "check", url]) == 0
-    assert capsys.readouterr().out == "ok: 30 settings, 2 of them given\n"
+    count = len(Config.load(environ={})[1])
+    assert capsys.readouterr().out == f"ok: {count} settings, 2 of them given\n"
     assert list(tmp_path.iterdir()) == []  # looked at, not made
     (tmp_path / "not").write_text("a file")
     assert "is not a directory" in fails(capsys, "config", "check", url)
