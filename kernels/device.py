@@ -18,6 +18,7 @@ from kvengine.kernels import copy
 from kvengine.kernels.build import Variant
 from kvengine.kernels.copy import Int64s, Moves, Span
 from kvengine.kernels.launch import Launcher, launcher
+from kvengine.kernels.rows import Rows
 
 TILE = 2048  # words of a program: 4 warps, 16 bytes a thread, four loads in flight for each
 COLS_MAX = 1024  # of them along a run
@@ -144,7 +145,7 @@ class Ids:
         if self.page < 1 or not 0 <= self.limit < 1 << 31:
             raise ValueError(f"pages of {self.page} tokens and {self.limit} ids: no such cache")
 
-    def offsets(self, moves: Moves, on: Launcher) -> Any:
+    def offsets(self, moves: Moves | Rows, on: Launcher) -> Any:
         """Work out the offsets of `moves`' units on the device: int64[G, N, U]."""
         groups, count_blocks, count_units = moves.offsets.shape
         if self.strides.shape[0] != groups or tuple(self.ids.shape) != (count_blocks, count_units):

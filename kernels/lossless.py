@@ -16,8 +16,9 @@ A tile with more escapes than room makes its block OVERFULL: to be stored as it 
 pattern comes back, NaN payloads included. What a decoder reads and writes never depends on the
 bytes it is given.
 
-Two ways give the same bytes: the compiled path (`lossless_native.py`), and the plain one here,
-which is the reference as well. Called by the engine's codec.
+Three ways give the same bytes: the compiled path (`lossless_native.py`), the plain one here, which
+is the reference as well, and the Triton kernels (`lossless_device.py`). Called by the engine's
+codec.
 """
 
 import functools

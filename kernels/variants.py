@@ -4,13 +4,14 @@ A kernel module lists its own as `VARIANTS`; a new module is one line here. Impo
 so it is imported on use only.
 """
 
-from kvengine.kernels import device, swap_device, xxh3_device
+from kvengine.kernels import device, lossless_device, swap_device, xxh3_device
 from kvengine.kernels.build import TARGETS, Built, Variant, compile, faults
 
 __all__ = ["TARGETS", "VARIANTS", "Built", "Variant", "compile", "faults"]
 
 VARIANTS: tuple[Variant, ...] = (
     *device.VARIANTS,
+    *lossless_device.VARIANTS,
     *swap_device.VARIANTS,
     *xxh3_device.VARIANTS,
 )

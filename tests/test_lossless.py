@@ -1,4 +1,8 @@
-"""kvengine.kernels.lossless: every path gives the same bytes, and every bit pattern comes back."""
+"""kvengine.kernels.lossless: every path gives the same bytes, and every bit pattern comes back.
+
+Run as a program it does the Triton kernels' part: the interpreter must be chosen before they are
+imported, so that part has a process of its own.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,8 +12,10 @@ import numpy as np
 import pytest
 import xxhash
 
+import gpu
 from kvengine.kernels import copy, lossless, rows
 from kvengine.kernels.copy import BAD, GOOD, OVERFULL
+from kvengine.kernels.launch import Launcher
 from kvengine.kernels.rows import Rows
 
 POISON = 0xA5
@@ -56,12 +62,15 @@ by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 class Setup:
     """The memory of a case and its Rows; the cache holds Gaussians of a scale by channel.
 
-    `memory` holds the frames: FRAME bytes of poison before, between and behind them.
+    `whole` holds the frames, with GAP bytes of poison before, between and behind them; `place`
+    gives memory that whoever works on it can reach.
     """
 
     GAP = 256
 
-    def __init__(self, case: Case, seed: int = 0) -> None:
+    def __init__(
+        self, case: Case, seed: int = 0, place: Callable[[np.ndarray], np.ndarray] = np.asarray
+    ) -> None:
         rng = np.random.default_rng(seed)
         tokens, heads, count = case.tokens, case.heads, len(case.blocks)
         ids = np.array(case.blocks, np.int64)
@@ -76,7 +85,8 @@ class Setup:
         for _ in range(case.layers):
             first, start = len(components), at
             for group, dim in enumerate(case.dims):
-                view = keys(rng, (POOL, tokens, heads, dim + case.gap), case.order)[..., :dim]
+                shape = (POOL, tokens, heads, dim + case.gap)
+                view = place(keys(rng, shape, case.order))[..., :dim]
                 odd = PATTERNS if tokens * heads * dim > 2000 and tokens < 50 else PATTERNS[:4]
                 view[case.blocks[:1], 0, 0, : len(odd)] = odd
                 block, token, head, _ = view.strides
@@ -90,8 +100,8 @@ class Setup:
                 self.caches.append(view)
             segments.append((first, len(components) - first, start, at - start))
         self.nbytes, self.stride = at, at + self.GAP
-        self.whole = np.full(self.stride * count + 2 * self.GAP, POISON, np.uint8)
-        skip = -self.whole.ctypes.data % 64 + self.GAP
+        self.whole = place(np.full(self.stride * count + 2 * self.GAP, POISON, np.uint8))
+        skip = -self.whole.ctypes.data % 64 + self.GAP // 2
         self.memory = self.whole[skip:]
         frames = [self.memory.ctypes.data + n * self.stride for n in range(count)]
         units = tokens if case.slots else 1
@@ -109,6 +119,11 @@ class Setup:
     @property
     def everything(self) -> tuple[tuple[int, int], tuple[int, int]]:
         return (0, len(self.rows.frames)), (0, len(self.rows.segments))
+
+    @property
+    def frames(self) -> np.ndarray:
+        """The bytes of all frames, and the poison behind each."""
+        return self.memory[: len(self.rows.frames) * self.stride]
 
     def run(self, function: Callable[..., None], *ranges: tuple[int, int]) -> np.ndarray:
         """Call a codec on these ranges, or on everything; return the verdicts."""
@@ -183,9 +198,10 @@ def test_encode_equals_the_reference(
     monkeypatch.setattr(copy, "STREAM_NBYTES", streams)
     ours, theirs = Setup(case), Setup(case)
     lossless.check(ours.rows)
-    wanted = theirs.encoded()
+    theirs.encoded()
     assert (ours.run(ways(way)[0]) == GOOD).all()
-    assert np.array_equal(ours.memory[: len(wanted) - 512], theirs.memory[: len(wanted) - 512])
+    assert np.array_equal(ours.frames, theirs.frames)
+    assert (ours.memory[len(ours.frames) :] == POISON).all()
     assert np.array_equal(ours.digests, theirs.digests)
     theirs.digest_all()
     assert np.array_equal(ours.digests, theirs.digests)
@@ -237,8 +253,7 @@ def test_ranges_touch_only_their_own(way: str) -> None:
     for n in (1, 2):
         part = slice(n * setup.stride + offset, n * setup.stride + offset + nbytes)
         wanted[part] = theirs.memory[part]
-    end = len(setup.rows.frames) * setup.stride
-    assert np.array_equal(setup.memory[:end], wanted[:end])
+    assert np.array_equal(setup.frames, wanted[: len(setup.frames)])
     setup.run(encode, (2, 2), (0, 2))  # an empty range
     setup.run(decode, (2, 3), (1, 2))
     assert (setup.verdicts[~inside] == POISON).all()
@@ -257,8 +272,7 @@ def test_a_block_that_does_not_fit_says_so(way: str) -> None:
     theirs.encoded()
     verdicts = ours.run(ways(way)[0])
     assert verdicts[1, 1] == OVERFULL and (verdicts == GOOD).sum() == 3
-    end = 2 * ours.stride
-    assert np.array_equal(ours.memory[:end], theirs.memory[:end])
+    assert np.array_equal(ours.frames, theirs.frames)
     assert np.array_equal(ours.digests, theirs.digests)
 
 
@@ -304,8 +318,8 @@ def test_hostile_bytes_decode_to_something_within_the_block(name: str, way: str)
             assert np.array_equal(cache, wanted)
 
 
-def hostile(case: Case, fill: str) -> Setup:
-    setup = Setup(case)
+def hostile(case: Case, fill: str, place: Callable[[np.ndarray], np.ndarray] = np.asarray) -> Setup:
+    setup = Setup(case, place=place)
     if fill == "random":
         random = np.random.default_rng(3)
         setup.memory[:] = random.integers(0, 256, len(setup.memory), dtype=np.uint8)
@@ -362,3 +376,87 @@ def test_bad_input_is_named() -> None:
         wrong = Rows(components, table.offsets, table.segments, table.frames, 16, dtype)
         with pytest.raises(ValueError, match=named):
             lossless.check(wrong)
+
+
+def test_triton_kernels_equal_the_reference(require: Callable[[str], ModuleType]) -> None:
+    require("triton")
+    require("torch")
+    assert gpu.run(__file__).split() == [case.name for case in CASES]
+
+
+def interpret() -> None:
+    """Run every case through the Triton kernels, on the addresses of numpy arrays."""
+    from kvengine.kernels import launch, lossless_device
+
+    on = launch.launcher(gpu.device())
+    for case in CASES:
+        ours, theirs = Setup(case, place=gpu.reachable), Setup(case)
+        full = case.name == "nhd"
+        if full:
+            overfull(ours)
+            overfull(theirs)
+        theirs.encoded()
+        found = on.table(np.full_like(ours.verdicts, GOOD))
+        lossless_device.encode(ours.rows, *ours.everything, found, on)
+        assert np.array_equal(on.read(found), theirs.verdicts), f"verdicts {case}"
+        assert np.array_equal(ours.frames, theirs.frames), f"encode {case}"
+        wanted = ours.empty_caches()
+        lossless_device.decode(ours.rows, *ours.everything, on)
+        gpu.settle()
+        for i, (cache, want) in enumerate(zip(ours.caches, wanted, strict=True)):
+            assert (full and i == 3) or np.array_equal(cache, want), f"decode {case}"
+        print(case.name)
+    for fill in ("random", "ones"):
+        ours = hostile(CASES[1], fill, place=gpu.reachable)
+        theirs = hostile(CASES[1], fill)
+        theirs.run(lossless.decode_reference)
+        lossless_device.decode(ours.rows, *ours.everything, on)
+        gpu.settle()
+        assert all(map(np.array_equal, ours.caches, theirs.caches)), f"hostile {fill}"
+    ranged(lossless_device, on)
+    lost(lossless_device, on)
+
+
+def ranged(device: ModuleType, on: Launcher) -> None:
+    ours, theirs = Setup(CASES[2], place=gpu.reachable), Setup(CASES[2])
+    theirs.run(lossless.encode_reference, (1, 3), (1, 2))
+    found = on.table(np.full_like(ours.verdicts, GOOD))
+    device.encode(ours.rows, (1, 1), (0, 2), found, on)
+    device.encode(ours.rows, (1, 3), (1, 2), found, on)
+    gpu.settle()
+    assert np.array_equal(ours.frames, theirs.frames), "encode of a range"
+    components = ours.rows.components.copy()
+    components[:, rows.BASE] += 2
+    odd = Rows(components, *(getattr(ours.rows, name) for name in REST))
+    with pytest.raises(ValueError, match="are multiples of 2 bytes, expected of 4"):
+        device.encode(odd, *ours.everything, found, on)
+
+
+REST = ("offsets", "segments", "frames", "tokens", "dtype")
+
+
+def lost(device: ModuleType, on: Launcher) -> None:
+    """Ids on the device: one that is out of range is coded as zeros, and decoded to nowhere."""
+    from kvengine.kernels.device import Ids
+
+    ours, theirs = Setup(CASES[0], place=gpu.reachable), Setup(CASES[0])
+    for cache in theirs.caches:
+        cache[0] = 0
+    theirs.encoded()
+    strides = np.array([[cache.strides[0], 0] for cache in ours.caches[:2]], np.int64)
+    error = on.table(np.zeros(1, np.int32))
+    ids = Ids(on.table(np.array([[3], [POOL]], np.int32)), strides, POOL, error)
+    found = on.table(np.full_like(ours.verdicts, GOOD))
+    device.encode(ours.rows, *ours.everything, found, on, ids)
+    assert on.read(error).tolist() == [1] and (on.read(found) == GOOD).all()
+    assert np.array_equal(ours.frames, theirs.frames), "encode of an id out of range"
+    wanted = ours.empty_caches()
+    for cache in wanted:
+        cache[0] = POISON << 8 | POISON
+    device.decode(ours.rows, *ours.everything, on, ids)
+    gpu.settle()
+    assert all(map(np.array_equal, ours.caches, wanted)), "decode of an id out of range"
+
+
+if __name__ == "__main__":
+    interpret()

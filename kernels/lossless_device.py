@@ -1,0 +1,350 @@
+"""The device path of `lossless.py`: gather and code, or decode and scatter, in one Triton kernel.
+
+A program works on one tile of one block: all layers, K and V and blocks are one launch. Values are
+handled in pairs, two bf16 in a word, as they lie in memory. Blocks that are nowhere are coded as
+zeros and never decoded, as in `device.py`. Imports triton, so it is imported on use only. With
+TRITON_INTERPRET=1 set before that, the kernels run on the CPU, on the addresses of any array.
+Digests are those of the encoded segments, by `xxh3_device.digest_spans`.
+"""
+
+import math
+from typing import Any
+
+import numpy as np
+import triton
+import triton.language as tl
+
+from kvengine.kernels import lossless, rows
+from kvengine.kernels.build import REGISTERS_MAX, Variant
+from kvengine.kernels.copy import OVERFULL, Int64s, Span
+from kvengine.kernels.device import Ids
+from kvengine.kernels.launch import Launcher, launcher
+from kvengine.kernels.rows import Rows
+
+_COLUMNS = tl.constexpr(rows.COLUMNS)
+_BASE = tl.constexpr(rows.BASE)
+_GROUP = tl.constexpr(rows.GROUP)
+_TOKEN_CACHE = tl.constexpr(rows.TOKEN_CACHE)
+_HEAD_CACHE = tl.constexpr(rows.HEAD_CACHE)
+_DIM = tl.constexpr(rows.DIM)
+
+# columns of the table of jobs: a tile of a component, for every block
+COMPONENT, SEGMENT, TOKEN, TOKENS, CHANNEL, CHANNELS, AT, SIZE = range(8)
+_JOB = tl.constexpr(8)
+_COMPONENT, _SEGMENT = tl.constexpr(COMPONENT), tl.constexpr(SEGMENT)
+_TOKEN, _TOKENS = tl.constexpr(TOKEN), tl.constexpr(TOKENS)
+_CHANNEL, _CHANNELS = tl.constexpr(CHANNEL), tl.constexpr(CHANNELS)
+_AT, _SIZE = tl.constexpr(AT), tl.constexpr(SIZE)
+
+WARPS = 8  # 32 elements a thread: twice as many take all registers
+
+_OVERFULL = tl.constexpr(OVERFULL)
+_LOST = tl.constexpr(-(1 << 63))  # as in device.py: the offset of an id that is out of range
+
+
+@triton.jit
+def _cache(  # type: ignore[no-untyped-def]  # triton reads annotations as its own
+    components_ptr,
+    offsets_ptr,
+    job,
+    n,
+    count_blocks,
+    count_units,
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """Where the tile's pairs lie in the cache, [TOKENS, GROUPS, 4]; which there are, and known."""
+    row = components_ptr + tl.load(job + _COMPONENT) * _COLUMNS
+    token = tl.arange(0, TOKENS)
+    group = tl.arange(0, GROUPS)
+    inside = token < tl.load(job + _TOKENS).to(tl.int32)
+    token += tl.load(job + _TOKEN).to(tl.int32)
+    unit = tl.where(count_units > 1, token, 0)
+    units = (tl.load(row + _GROUP) * count_blocks + n) * count_units
+    offset = tl.load(offsets_ptr + units + unit, mask=inside, other=0)
+    known = inside & (offset != _LOST)
+    start = tl.load(row + _BASE) + offset + token * tl.load(row + _TOKEN_CACHE)
+    channel = tl.load(job + _CHANNEL).to(tl.int32) + 8 * group
+    dim = tl.load(row + _DIM).to(tl.int32)
+    place = (channel // dim) * tl.load(row + _HEAD_CACHE) + 2 * (channel % dim)
+    address = start[:, None, None] + place[None, :, None]
+    # the hint comes after the cast: a pointer made of a loaded integer has no known alignment
+    pointer = tl.multiple_of(address.to(tl.pointer_type(tl.uint32)), [ALIGN, ALIGN, ALIGN])
+    pointer += tl.arange(0, 4)[None, None, :]
+    columns = (8 * group < tl.load(job + _CHANNELS).to(tl.int32))[None, :]
+    return pointer, inside[:, None] & columns, known[:, None] & columns
+
+
+@triton.jit
+def _frame(  # type: ignore[no-untyped-def]  # triton reads annotations as its own
+    frames_ptr, job, n, GROUPS: tl.constexpr, TOKENS: tl.constexpr, ALIGN: tl.constexpr
+):
+    HALF: tl.constexpr = ALIGN // 2 if ALIGN > 1 else 1
+    """Where the tile's planes begin, the place of each group of codes, and the escapes' room."""
+    address = tl.load(frames_ptr + n) + tl.load(job + _AT)
+    groups = tl.multiple_of(tl.load(job + _CHANNELS).to(tl.int32) // 8, HALF)
+    count = tl.load(job + _TOKENS).to(tl.int32) * groups
+    mantissas = tl.multiple_of(address.to(tl.pointer_type(tl.uint16)), 16)
+    low = tl.multiple_of((address + 8 * count).to(tl.pointer_type(tl.uint16)), ALIGN)
+    high = tl.multiple_of((address + 10 * count).to(tl.pointer_type(tl.uint8)), ALIGN)
+    tops = tl.multiple_of((address + 11 * count).to(tl.pointer_type(tl.uint16)), ALIGN)
+    escapes = (address + 11 * count + 8 * groups).to(tl.pointer_type(tl.uint8))
+    room = tl.load(job + _SIZE).to(tl.int32) - 11 * count - 8 * groups
+    place = tl.arange(0, TOKENS)[:, None] * groups + tl.arange(0, GROUPS)[None, :]
+    return mantissas, low, high, tops, escapes, place, room
+
+
+@triton.jit
+def _places(escape, GROUPS: tl.constexpr, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Number the escapes: where those of each pair begin, and how many there are of all."""
+    number = ((escape & 1) + (escape >> 16)).to(tl.int32)
+    of_group = tl.sum(number, 2)
+    flat = of_group.reshape(TOKENS * GROUPS)
+    before = (tl.cumsum(flat, 0) - flat).reshape(TOKENS, GROUPS)
+    return before[:, :, None] + tl.cumsum(number, 2) - number, tl.sum(flat, 0)
+
+
+@triton.jit
+def encode_tiles_kernel(  # type: ignore[no-untyped-def]  # triton reads annotations as its own
+    components_ptr,  # int64[C, 8]
+    offsets_ptr,  # int64[G, N, U]
+    frames_ptr,  # int64[N]
+    jobs_ptr,  # int64[J, 8]
+    verdicts_ptr,  # uint8[N, S], GOOD already
+    first_block,
+    count_blocks,  # N
+    count_units,  # U
+    count_segments,  # S
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,  # of 8 channels
+    ROOM: tl.constexpr,  # for escapes, or more
+    ALIGN: tl.constexpr,  # bytes that divide every address in the cache
+    PLANES: tl.constexpr,  # bytes that divide every plane's
+):
+    job = jobs_ptr + tl.program_id(0).to(tl.int64) * _JOB
+    n = first_block + tl.program_id(1).to(tl.int64)
+    pointer, inside, known = _cache(
+        components_ptr, offsets_ptr, job, n, count_blocks, count_units, TOKENS, GROUPS, ALIGN
+    )
+    mantissas, low, high, tops, escapes, place, room = _frame(
+        frames_ptr, job, n, GROUPS, TOKENS, PLANES
+    )
+    pair = tl.arange(0, 4)[None, None, :]
+    word = tl.load(pointer, mask=known[:, :, None], other=0)  # [TOKENS, GROUPS, 4]
+    mantissa = (word & 0x007F007F) | ((word >> 8) & 0x00800080)
+    mantissa = (mantissa | (mantissa >> 8)).to(tl.uint16)
+    tl.store(mantissas + 4 * place[:, :, None] + pair, mantissa, mask=inside[:, :, None])
+
+    # the largest exponents, two a word: [GROUPS, 4]
+    top = tl.max(word & 0x7F80, 0) >> 7
+    top |= tl.max(word & 0x7F800000, 0) >> 7
+    columns = 8 * tl.arange(0, GROUPS) < tl.load(job + _CHANNELS).to(tl.int32)
+    tl.store(
+        tops + 4 * tl.arange(0, GROUPS)[:, None] + tl.arange(0, 4)[None, :],
+        (top | (top >> 8)).to(tl.uint16),
+        mask=columns[:, None],
+    )
+    exponent = (word >> 7) & 0x00FF00FF
+    below = top[None, :, :] - exponent
+    escape = ((below + 0x00F900F9) >> 8) & 0x00010001  # below > 6
+    code = (below | (escape * 7)) & 0x00070007
+    code = (code | (code >> 13)) & 0x3F
+    packed = tl.sum(code << (6 * pair).to(tl.uint32), 2)  # [TOKENS, GROUPS], 24 bits
+    tl.store(low + place, packed.to(tl.uint16), mask=inside)
+    tl.store(high + place, (packed >> 16).to(tl.uint8), mask=inside)
+
+    escape = tl.where(inside[:, :, None], escape, 0)
+    at, total = _places(escape, GROUPS, TOKENS)
+    first, second = (escape & 1) != 0, (escape >> 16) != 0
+    tl.store(escapes + at, exponent.to(tl.uint8), mask=first & (at < room))
+    at += (escape & 1).to(tl.int32)
+    tl.store(escapes + at, (exponent >> 16).to(tl.uint8), mask=second & (at < room))
+    rest = tl.arange(0, ROOM)
+    tl.store(escapes + rest, tl.zeros([ROOM], tl.uint8), mask=(rest >= total) & (rest < room))
+    verdict = verdicts_ptr + n * count_segments + tl.load(job + _SEGMENT)
+    tl.store(verdict, tl.full([], _OVERFULL, tl.uint8), mask=total > room)
+
+
+@triton.jit
+def decode_tiles_kernel(  # type: ignore[no-untyped-def]  # triton reads annotations as its own
+    components_ptr,  # int64[C, 8]
+    offsets_ptr,  # int64[G, N, U]
+    frames_ptr,  # int64[N]
+    jobs_ptr,  # int64[J, 8]
+    first_block,
+    count_blocks,  # N
+    count_units,  # U
+    TOKENS: tl.constexpr,
+    GROUPS: tl.constexpr,  # of 8 channels
+    ALIGN: tl.constexpr,  # bytes that divide every address in the cache
+    PLANES: tl.constexpr,  # bytes that divide every plane's
+):
+    job = jobs_ptr + tl.program_id(0).to(tl.int64) * _JOB
+    n = first_block + tl.program_id(1).to(tl.int64)
+    pointer, inside, known = _cache(
+        components_ptr, offsets_ptr, job, n, count_blocks, count_units, TOKENS, GROUPS, ALIGN
+    )
+    mantissas, low, high, tops, escapes, place, room = _frame(
+        frames_ptr, job, n, GROUPS, TOKENS, PLANES
+    )
+    pair = tl.arange(0, 4)[None, None, :]
+    packed = tl.load(low + place, mask=inside, other=0).to(tl.uint32)
+    packed |= tl.load(high + place, mask=inside, other=0).to(tl.uint32) << 16
+    code = (packed[:, :, None] >> (6 * pair).to(tl.uint32)) & 0x3F
+    code = (code | (code << 13)) & 0x00070007
+    escape = ((code + 0x00010001) >> 3) & 0x00010001
+    at, _ = _places(escape, GROUPS, TOKENS)
+    # a byte that no coder has written may name more escapes than there are: they are zeros
+    first, second = (escape & 1).to(tl.int32), (escape >> 16).to(tl.int32)
+    far = tl.load(escapes + at, mask=(first != 0) & (at < room), other=0).to(tl.uint32)
+    at += first
+    far |= tl.load(escapes + at, mask=(second != 0) & (at < room), other=0).to(tl.uint32) << 16
+
+    columns = 8 * tl.arange(0, GROUPS) < tl.load(job + _CHANNELS).to(tl.int32)
+    top = tl.load(
+        tops + 4 * tl.arange(0, GROUPS)[:, None] + tl.arange(0, 4)[None, :],
+        mask=columns[:, None],
+        other=0,
+    ).to(tl.uint32)
+    top = (top & 0xFF) | ((top & 0xFF00) << 8) | 0x01000100  # what a lower half may borrow
+    exponent = ((top[None, :, :] - code) & 0x00FF00FF & ~(escape * 0xFF)) | far
+    word = tl.load(mantissas + 4 * place[:, :, None] + pair, mask=inside[:, :, None], other=0).to(
+        tl.uint32
+    )
+    word = (word | (word << 8)) & 0x00FF00FF
+    word = (word & 0x007F007F) | ((word & 0x00800080) << 8) | (exponent << 7)
+    tl.store(pointer, word, mask=known[:, :, None])
+
+
+def encode(
+    table: Rows,
+    blocks: Span,
+    segments: Span,
+    verdicts: Any,
+    device: str | Launcher,
+    ids: Ids | None = None,
+) -> None:
+    """Code cache -> frames in one launch, in the device's current stream, without digests.
+
+    verdicts: uint8[N, S], device memory that holds GOOD: that of a segment without room for its
+    escapes becomes OVERFULL, its status word, to be read when the stream has passed the launch.
+    Every address of `table` is one that the device can reach, and stays so until then. Ranges as in
+    `lossless.encode`. `device` is torch's name of it, or a Launcher; with `ids` they stand in for
+    the offsets of `table`, of which only the shape counts. Raises ValueError for addresses in the
+    cache that are no multiple of 4 bytes.
+    """
+    _launch(table, blocks, segments, verdicts, device, ids)
+
+
+def decode(
+    table: Rows, blocks: Span, segments: Span, device: str | Launcher, ids: Ids | None = None
+) -> None:
+    """Decode frames -> cache, of segments that are verified already; otherwise as `encode`."""
+    _launch(table, blocks, segments, None, device, ids)
+
+
+def alignment(table: Rows, ids: Ids | None = None) -> int:
+    """Return the bytes, 16 at most and a power of two, that divide every address in the cache."""
+    columns = [rows.BASE, rows.TOKEN_CACHE, rows.HEAD_CACHE]
+    offsets = table.offsets if ids is None else ids.strides
+    found = (table.components[:, columns], offsets)
+    return math.gcd(16, *(int(np.gcd.reduce(each, axis=None)) for each in found))
+
+
+def jobs_of(table: Rows, segments: Span) -> Int64s:
+    """List the tiles of these segments: int64[J, 8]."""
+    found = []
+    for s in range(*segments):
+        first, count = table.segments[s, :2].tolist()
+        for c in range(first, first + count):
+            row = table.components[c].tolist()
+            tiles = lossless.tiles(table.tokens, row[rows.HEADS] * row[rows.DIM]).copy()
+            tiles[:, lossless.AT] += row[rows.FRAME]
+            place = np.full((len(tiles), 2), (c, s), np.int64)
+            found.append(np.concatenate((place, tiles), axis=1))
+    return np.concatenate(found)
+
+
+def _launch(
+    table: Rows,
+    blocks: Span,
+    segments: Span,
+    verdicts: Any,
+    device: str | Launcher,
+    ids: Ids | None,
+) -> None:
+    table.check_ranges(blocks, segments)
+    align = alignment(table, ids)
+    if align % 4:
+        raise ValueError(
+            f"addresses in the cache are multiples of {align} bytes, expected of 4: copy it to an "
+            "aligned array"
+        )
+    if blocks[0] == blocks[1] or segments[0] == segments[1]:
+        return
+    on = launcher(device)
+    jobs = jobs_of(table, segments)
+    _, count_blocks, count_units = table.offsets.shape
+    offsets = on.table(table.offsets) if ids is None else ids.offsets(table, on)
+    tables = [on.table(table.components), offsets, on.table(table.frames), on.table(jobs)]
+    counts = [blocks[0], count_blocks, count_units]
+    kernel, constants = decode_tiles_kernel, shape_of(jobs) | {"ALIGN": align}
+    if verdicts is not None:
+        tables.append(verdicts)
+        counts.append(len(table.segments))
+        kernel = encode_tiles_kernel
+        constants["ROOM"] = room_of(jobs)
+    grid = (len(jobs), blocks[1] - blocks[0])
+    on.run(kernel, grid, (*tables, *counts), constants, num_warps=WARPS)
+
+
+def shape_of(jobs: Int64s) -> dict[str, int]:
+    """Choose the constants that fit all tiles."""
+    tokens, channels = jobs[:, TOKENS], jobs[:, CHANNELS]
+    groups = channels // lossless.GROUP
+    planes = math.gcd(16, 2 * int(np.gcd.reduce(groups)), int(np.gcd.reduce(tokens * groups)))
+    return {
+        "TOKENS": triton.next_power_of_2(int(tokens.max())),
+        "GROUPS": triton.next_power_of_2(int(groups.max())),
+        "PLANES": planes,
+    }
+
+
+def room_of(jobs: Int64s) -> int:
+    """Return a power of two that no tile's room for escapes passes."""
+    columns = jobs[:, [TOKENS, CHANNELS, SIZE]].tolist()
+    most = max(size - lossless.escapes_at(t * c, c) for t, c, size in columns)
+    return int(triton.next_power_of_2(most))
+
+
+def _variant(encodes: bool, tokens: int, align: int) -> Variant:
+    pointers = ["components_ptr", "offsets_ptr", "frames_ptr", "jobs_ptr"]
+    counts = ["first_block", "count_blocks", "count_units"]
+    groups = lossless.ELEMENTS // tokens // lossless.GROUP
+    constants = {"TOKENS": tokens, "GROUPS": groups, "ALIGN": align, "PLANES": align}
+    signature = dict.fromkeys(pointers, "*i64") | dict.fromkeys(counts, "i32")
+    if encodes:
+        signature |= {"verdicts_ptr": "*u8", "count_segments": "i32"}
+        constants["ROOM"] = 1024
+    return Variant(
+        f"lossless {'encode' if encodes else 'decode'} {tokens} tokens by {align} bytes",
+        encode_tiles_kernel if encodes else decode_tiles_kernel,
+        signature=signature,
+        constants=constants,
+        aligned=tuple(pointers),
+        num_warps=WARPS,
+        elements=lossless.ELEMENTS,
+        load_bits=8 * align if encodes else min(8 * align, 64),  # the frame's widest plane
+        store_bits=min(8 * align, 64) if encodes else 8 * align,
+        # two programs of 8 warps on a multiprocessor, where accesses are wide
+        registers_max=128 if align == 16 else REGISTERS_MAX,
+    )
+
+
+# Blocks of 64 and 16 tokens of any model; then the narrowest addresses.
+VARIANTS = tuple(
+    _variant(encodes, tokens, align)
+    for encodes in (True, False)
+    for tokens, align in ((64, 16), (16, 16), (16, 4))
+)
