@@ -471,12 +471,11 @@ class Engine:
         if not len(lacking):
             return None
         found = np.full((len(keys), 2), NOWHERE, dtype=np.int32)
-        for number in {form.number: None for form in self._store.forms(keys.namespace)}:
-            asked = [keys.key(index) for index in lacking.tolist()]
-            tiers = self._finder.find(asked, self._store.frame_bytes(number))
-            found[lacking, 0] = tiers
-            found[lacking, 1] = number
-            lacking = lacking[tiers == NOWHERE]
+        numbers = list({form.number: None for form in self._store.forms(keys.namespace)})
+        asked = [keys.key(index) for index in lacking.tolist()]
+        answers = self._finder.find(asked, [self._store.frame_bytes(n) for n in numbers])
+        found[lacking, 0] = answers[:, 0]
+        found[lacking, 1] = np.array(numbers, dtype=np.int32)[answers[:, 1]]
         return found
 
 

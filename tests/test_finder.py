@@ -77,23 +77,31 @@ def test_asks_each_tier_for_what_the_ones_before_lack():
     disk, near, far = DictTier("disk", remote=False), DictTier("near"), DictTier("far")
     near.held = {b"a": b"12"}
     far.held = {b"a": b"12", b"b": b"34", b"c": b"other size"}
-    found = finder(disk, near, far, now=[0.0]).find([b"a", b"b", b"c", b"d"], 2)
-    assert found.tolist() == [1, 2, -1, -1]
+    found = finder(disk, near, far, now=[0.0]).find([b"a", b"b", b"c", b"d"], [2])
+    assert found[:, 0].tolist() == [1, 2, -1, -1]
     assert (disk.asked, near.asked, far.asked) == ([], [4], [3])
     assert not finder(disk, now=[0.0]) and finder(near, now=[0.0])
+
+
+def test_says_which_of_several_sizes_is_there():
+    tier = DictTier("t")
+    tier.held = {b"a": b"12", b"b": b"123", b"c": b"1"}
+    found = finder(tier, now=[0.0]).find([b"a", b"b", b"c"], [3, 2])
+    assert found.tolist() == [[0, 1], [0, 0], [-1, -1]]
+    assert tier.asked == [3]
 
 
 def test_remembers_for_a_moment_until_told_to_forget():
     now, tier = [0.0], DictTier("t")
     asking = finder(tier, now=now, remember_s=1.0)
-    assert asking.find([b"a"], 1).tolist() == [-1]
+    assert asking.find([b"a"], [1])[:, 0].tolist() == [-1]
     tier.held = {b"a": b"1"}
-    assert asking.find([b"a", b"b"], 1).tolist() == [-1, -1]
+    assert asking.find([b"a", b"b"], [1])[:, 0].tolist() == [-1, -1]
     assert tier.asked == [1, 1]
     asking.forget([b"a", b"unknown"])
-    assert asking.find([b"a", b"b"], 1).tolist() == [0, -1]
+    assert asking.find([b"a", b"b"], [1])[:, 0].tolist() == [0, -1]
     now[0] = 1.5
-    assert asking.find([b"a", b"b"], 1).tolist() == [0, -1]
+    assert asking.find([b"a", b"b"], [1])[:, 0].tolist() == [0, -1]
     assert tier.asked == [1, 1, 1, 2]
 
 
@@ -101,19 +109,19 @@ def test_no_answer_is_not_remembered():
     tier = DictTier("t")
     asking = finder(tier, now=[0.0])
     tier.away = True
-    assert asking.find([b"a"], 1).tolist() == [-1]
+    assert asking.find([b"a"], [1])[:, 0].tolist() == [-1]
     tier.away, tier.held = False, {b"a": b"1"}
-    assert asking.find([b"a"], 1).tolist() == [0]
+    assert asking.find([b"a"], [1])[:, 0].tolist() == [0]
 
 
 def test_answers_are_bounded_and_the_oldest_go():
     tier = DictTier("t")
     asking = finder(tier, now=[0.0], answers_max=4)
     for key in (b"1", b"2", b"3", b"4", b"5", b"6"):
-        asking.find([key], 1)
+        asking.find([key], [1])
     tier.asked.clear()
-    asking.find([b"3", b"4", b"5", b"6"], 1)
-    asking.find([b"2"], 1)
+    asking.find([b"3", b"4", b"5", b"6"], [1])
+    asking.find([b"2"], [1])
     assert tier.asked == [1]
 
 
@@ -121,7 +129,7 @@ def test_past_the_deadline_no_further_tier_is_asked():
     now, slow, last = [0.0], DictTier("slow"), DictTier("last")
     asking = finder(slow, last, now=now)
     slow.find = lambda keys, deadline: now.__setitem__(0, deadline) or [0] * len(keys)
-    assert asking.find([b"a"], 1).tolist() == [-1]
+    assert asking.find([b"a"], [1])[:, 0].tolist() == [-1]
     assert last.asked == []
 
 

@@ -48,17 +48,21 @@ class Finder:
     def __bool__(self) -> bool:
         return bool(self._tiers)
 
-    def find(self, keys: Sequence[bytes], nbytes: int) -> Int32s:
-        """Return the number of the first tier that holds a frame of `nbytes` for each, or -1."""
-        found = np.full(len(keys), NOWHERE, dtype=np.int32)
+    def find(self, keys: Sequence[bytes], nbytes: Sequence[int]) -> Int32s:
+        """Return the first tier that holds a frame of one of the sizes for each key.
+
+        int32[n, 2]: the tier's number or -1, and the index of the size.
+        """
+        found = np.full((len(keys), 2), NOWHERE, dtype=np.int32)
         deadline = self._clock() + self._find_s
         for number, tier in self._tiers:
-            left = np.flatnonzero(found < 0)
+            left = np.flatnonzero(found[:, 0] < 0)
             if len(left):
                 sizes = self._sizes(
                     number, tier, [keys[index] for index in left.tolist()], deadline
                 )
-                found[left[sizes == nbytes]] = number
+                for index, size in enumerate(nbytes):
+                    found[left[sizes == size]] = (number, index)
         return found
 
     def forget(self, keys: Sequence[bytes]) -> None:

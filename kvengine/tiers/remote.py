@@ -28,6 +28,7 @@ QUEUE_BYTES = 256 << 20
 # A batch may take its timeout, and the time of its bytes at this rate: a store that drips is away.
 RATE_MIN = 16 << 20
 CLOSE_S = 30.0
+DOOMED_MAX, DELETE_MAX = 1 << 16, 1 << 10
 ABSENT, FOREIGN = 0, -2
 
 
@@ -116,6 +117,9 @@ class RemoteTier:
         self._breaker = Breaker()
         self._full = Breaker()  # of writes alone: a store that takes no more is still read
         self._queued = 0
+        # Names to delete, and those that are being deleted: no longer here for anyone who asks.
+        self._doomed: dict[str, None] = {}
+        self._deleting: frozenset[str] = frozenset()
         self._mending = False
         self._closed = False
         self._workers = Workers(threads, f"kvengine-{self.name}", self._failed)
@@ -129,14 +133,22 @@ class RemoteTier:
 
         Asks over a connection that is there already: who calls never waits for one to be made.
         """
-        if self._passes():
-            try:
-                with self._timed("find"):
-                    return self._client.sizes([self._name_of(key) for key in keys], deadline)
-            except OSError as error:
-                self._failed(error)
-                self._mend()
-        return [-1] * len(keys)
+        if not keys or not self._passes():
+            return [-1] * len(keys)
+        names = [self._name_of(key) for key in keys]
+        try:
+            with self._timed("find"):
+                sizes = self._client.sizes(names, deadline)
+        except OSError as error:
+            self._failed(error)
+            self._mend()
+            return [-1] * len(keys)
+        self._went_well()
+        with self._lock:
+            if not self._doomed and not self._deleting:
+                return sizes
+            gone = [name in self._doomed or name in self._deleting for name in names]
+        return [0 if lost else size for lost, size in zip(gone, sizes, strict=True)]
 
     def read(self, spans: Sequence[Span], deadline: float, report: Report) -> None:
         """Queue reads, in batches as the client likes them."""
@@ -147,9 +159,14 @@ class RemoteTier:
         self._queue(self._write, spans, deadline, report)
 
     def drop(self, keys: Sequence[bytes]) -> None:
-        """Delete frames, behind. One that is lost while the store is away is still never wrong."""
-        if keys and self._passes():
-            self._workers.submit(partial(self._delete, [self._name_of(key) for key in keys]))
+        """Forget frames at once, and delete them behind: later, where the store is away now."""
+        with self._lock:
+            for key in keys:
+                self._doomed[self._name_of(key)] = None
+            while len(self._doomed) > DOOMED_MAX:
+                del self._doomed[next(iter(self._doomed))]
+        if keys:
+            self._workers.submit(self._delete)
 
     def close(self) -> None:
         """Finish what is queued, close the connections."""
@@ -176,6 +193,10 @@ class RemoteTier:
             with self._lock:
                 self._breaker.failed(self._clock())
 
+    def _went_well(self) -> None:
+        with self._lock:
+            self._breaker.succeeded()
+
     def _passes(self) -> bool:
         """Whether requests are sent. Where a trial is due, begin it behind."""
         with self._lock:
@@ -194,8 +215,8 @@ class RemoteTier:
     def _try(self) -> None:
         try:
             self._client.ping(self._clock() + self._timeout_s)
-            with self._lock:
-                self._breaker.succeeded()
+            self._went_well()
+            self._delete()
         except (OSError, ConfigError) as error:
             self._failed(error)
         finally:
@@ -248,8 +269,6 @@ class RemoteTier:
             if now < deadline and self._passes():
                 until = min(deadline, now + self._timeout_s + nbytes / RATE_MIN)
                 work(batch, until, once)
-                with self._lock:
-                    self._breaker.succeeded()
         except OSError as error:
             self._failed(error)
         finally:
@@ -277,15 +296,21 @@ class RemoteTier:
         names = [self._name_of(span.key) for span in batch]
         with self._timed("read"):
             self._client.get(names, [span.frame[: span.nbytes] for span in batch], until, arrived)
+        self._went_well()
         self.drop(bad)
 
     def _write(self, batch: Sequence[Span], until: float, report: Report) -> None:
         now = self._clock()
+        names = [self._name_of(span.key) for span in batch]
         with self._lock:
             if not self._full.closed and not self._full.trial(now):
                 return
+            for name in names:
+                self._doomed.pop(name, None)  # it is written over
+            # A deletion under way may come before or after: such a block is refused.
+            chosen = [index for index, name in enumerate(names) if name not in self._deleting]
 
-        def stored(index: int, good: bool) -> None:
+        def stored(at: int, good: bool) -> None:
             with self._lock:
                 if good:
                     self._full.succeeded()
@@ -293,17 +318,37 @@ class RemoteTier:
                     self._full.failed(now)
             if not good:
                 self._metrics.add("tier_failures", 1, tier=self.name)
-            report(index, good)
+            report(chosen[at], good)
 
-        names = [self._name_of(span.key) for span in batch]
+        values = [batch[index].frame[: batch[index].nbytes] for index in chosen]
         with self._timed("write"):
-            self._client.put(names, [span.frame[: span.nbytes] for span in batch], until, stored)
+            self._client.put([names[index] for index in chosen], values, until, stored)
+        self._went_well()
 
-    def _delete(self, names: Sequence[str]) -> None:
+    def _delete(self) -> None:
+        """Delete what is doomed, all that has gathered; one thread at a time."""
+        with self._lock:
+            if self._deleting or not self._doomed or not self._breaker.closed:
+                return
+            names = list(self._doomed)[:DELETE_MAX]
+            self._deleting = frozenset(names)
+            for name in names:
+                del self._doomed[name]
+        done = False
         try:
             self._client.delete(names, self._clock() + self._timeout_s)
+            self._went_well()
+            done = True
         except OSError as error:
             self._failed(error)
+        finally:
+            with self._lock:
+                self._deleting = frozenset()
+                if not done:
+                    self._doomed |= dict.fromkeys(names)
+                more = done and bool(self._doomed)
+        if more:
+            self._workers.submit(self._delete)
 
     def _timed(self, op: str) -> Timed:
         return Timed(partial(self._metrics.add, "op_seconds", op=op, tier=self.name), self._clock)

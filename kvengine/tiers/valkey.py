@@ -28,6 +28,8 @@ IDLE_MAX = 32
 # The store as a whole is not to be used now; other errors are one value's.
 AWAY = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "NOAUTH", "WRONGPASS", "NOPERM", "TRYAGAIN")
 
+REFUSED = ("NOAUTH", "WRONGPASS", "NOPERM")
+
 Address = tuple[str, int]
 Routed = dict[Address, list[int]]
 
@@ -63,13 +65,14 @@ class ValkeyClient:
         self._closed = False
         try:
             self.ping(clock() + config.timeout_s)
-        except OSError as error:
-            if isinstance(error.__cause__, self._package.AuthenticationError):
-                self.close()
-                raise ConfigError(
-                    f"{config.host}:{config.port} refuses the user or password ({error}): set "
-                    "KVENGINE_VALKEY_USER and KVENGINE_VALKEY_PASSWORD to what the server expects"
-                ) from None
+        except PermissionError as error:
+            self.close()
+            raise ConfigError(
+                f"{config.host}:{config.port} refuses the user or password ({error}): set "
+                "KVENGINE_VALKEY_USER and KVENGINE_VALKEY_PASSWORD to what the server expects"
+            ) from None
+        except OSError:
+            pass  # away: the tier tries again
 
     def get(
         self,
@@ -175,7 +178,8 @@ class ValkeyClient:
                     exchange.send([command(b"PING")])
                     reply = exchange.reply()
                     if isinstance(reply, ReplyError):
-                        raise ConnectionError(str(reply))
+                        refused = str(reply).startswith(REFUSED)
+                        raise (PermissionError if refused else ConnectionError)(str(reply))
                     self._asking[address] = connection
                 except OSError:
                     if known is not None:
@@ -282,6 +286,8 @@ class ValkeyClient:
         )
         try:
             connection.connect()
+        except self._package.AuthenticationError as error:
+            raise PermissionError(str(error)) from error
         except self._package.ValkeyError as error:
             raise ConnectionError(str(error)) from error
         return connection
