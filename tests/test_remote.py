@@ -83,10 +83,9 @@ class Rigged:
             self.metrics,
             self.lost.extend,
             prefix="p/",
-            threads=1,
             timeout_s=1.0,
             clock=lambda: self.now[0],
-            **options,
+            **({"threads": 1} | options),
         )
 
     def run(self, verb, spans, deadline: float = 1e9) -> list[bool]:
@@ -261,11 +260,31 @@ def test_what_is_dropped_is_gone_before_it_is_deleted(rigged):
     assert sorted(rigged.client.held) == sorted("p/" + keys[index].hex() for index in (0, 2))
 
 
-def test_a_block_that_is_being_deleted_is_not_written(rigged):
+def test_a_block_that_is_being_deleted_is_written_after_that():
+    rigged = Rigged(threads=2)
+    try:
+        frames = frames_of(2)
+        rigged.write(frames)
+        rigged.client.gate.clear()
+        rigged.tier.drop([key_of(1)])
+        assert rig.poll(lambda: rigged.tier._deleting)
+        results: list[bool] = []
+        rigged.tier.write(spans_of(frames, True), 1e9, lambda _, good: results.append(good))
+        rigged.client.gate.set()
+        assert rig.poll(lambda: len(results) == 2) and all(results)
+        assert len(rigged.client.held) == 2
+        assert [verb for verb, _ in rigged.client.calls] == ["put", "delete", "put"]
+    finally:
+        rigged.client.gate.set()
+        rigged.tier.close()
+
+
+def test_a_deletion_that_does_not_end_costs_its_block_only(rigged):
     frames = frames_of(2)
     rigged.write(frames)
     rigged.tier._deleting = frozenset(["p/" + key_of(1).hex()])
-    assert rigged.write(frames) == [True, False]
+    spans = spans_of(frames, True)
+    assert rigged.run(rigged.tier.write, spans, deadline=0.05) == [True, False]
 
 
 def test_closed_once(rigged):

