@@ -129,7 +129,7 @@ class DiskTier:
         self._closed = False
         self._files = files or OSFiles()
         self._folder = Segments(self._files, path, self._count)
-        self._incarnation = self._own()
+        self.incarnation = self._own()
         try:
             self._recover()
         except BaseException:
@@ -205,6 +205,7 @@ class DiskTier:
         def over(index: int, found: Written | None) -> None:
             if found is not None and not self._durable:
                 report(index, self._settle([found])[0])
+                self._written([found[0].segment])
             with self._lock:
                 left[0] -= 1
                 last = left[0] == 0
@@ -214,12 +215,7 @@ class DiskTier:
                 self._sync(unsynced, report)
 
         for index, span in enumerate(spans):
-            if self._holds(span.key):
-                report(index, True)
-                over(index, None)
-            elif not self._workers.submit(
-                partial(self._write, index, span, deadline, over, report)
-            ):
+            if not self._workers.submit(partial(self._write, index, span, deadline, over, report)):
                 report(index, False)
                 over(index, None)
 
@@ -238,8 +234,10 @@ class DiskTier:
         if not self._workers.close(CLOSE_S):
             return  # a thread hangs in the disk: a closed descriptor could become another file's
         for segment in list(self._segments.values()):
-            if segment.table is not None and segment.used and not segment.gone:
+            if segment.table is not None and segment.used:
                 self._seal(segment)
+            elif segment.amiss:
+                self._folder.unseal(segment)
         self._let_go()
 
     def detach(self) -> None:
@@ -265,7 +263,7 @@ class DiskTier:
     def _draw(self) -> int:
         """Return a number that no writer of this directory has drawn before."""
         self._drawn += 1
-        return self._incarnation << 32 | self._drawn
+        return self.incarnation << 32 | self._drawn
 
     # Reading
 
@@ -355,6 +353,7 @@ class DiskTier:
             with self._lock:
                 gone = place.segment.gone
             if not gone:
+                place.segment.amiss |= place.segment.table is None
                 self._folder.blank(*place)
         except OSError as error:
             self._failed(error)
@@ -363,9 +362,23 @@ class DiskTier:
 
     # Writing
 
-    def _holds(self, key: bytes) -> bool:
+    def _held(self, span: Span) -> Place | None:
+        """Where a block is already, kept from eviction until `_written`.
+
+        It is read, since what an earlier process has left may not be whole, and a report of True is
+        a promise.
+        """
         with self._lock:
-            return bool(self._places.find(_words([key]))[0] >= 0)
+            ids = self._places.find(_words([span.key]))
+            if ids[0] < 0:
+                return None
+            place = self._place(int(ids[0]))
+            place.segment.writing += 1
+        if self._is_whole(place):
+            return place
+        self._give_up(span.key, place)
+        self._written([place.segment])
+        return None
 
     def _write(
         self,
@@ -375,14 +388,17 @@ class DiskTier:
         over: Callable[[int, Written | None], None],
         report: Report,
     ) -> None:
-        found = None
+        held, found = None, None
         try:
             if time.monotonic() < deadline:
-                found = self._write_frame(span)
+                held = self._held(span)
+                found = None if held else self._write_frame(span)
         finally:
             if found is None:
-                report(index, False)
+                report(index, held is not None)
             over(index, found)
+            if held is not None:
+                self._written([held.segment])
 
     def _write_frame(self, span: Span) -> Written | None:
         """Write a frame to a slot of its own; `_settle` makes it visible."""
@@ -406,6 +422,7 @@ class DiskTier:
         self._sync_segments(written)
         for (index, _), good in zip(unsynced, self._settle(written), strict=True):
             report(index, good)
+        self._written([place.segment for place, _ in written])
 
     def _sync_segments(self, written: Sequence[Written]) -> None:
         for segment in {place.segment.number: place.segment for place, _ in written}.values():
@@ -424,7 +441,6 @@ class DiskTier:
                 good.append(not place.segment.gone)
                 if not place.segment.gone:
                     self._register(place, header)
-        self._written([place.segment for place, _ in written])
         return good
 
     def _register(self, place: Place, header: SlotHeader, instead: Place | None = None) -> None:
@@ -455,7 +471,8 @@ class DiskTier:
         with self._lock:
             for segment in segments:
                 segment.writing -= 1
-                if segment.full and not segment.writing and not segment.gone:
+                whole = segment.full and not segment.writing and not segment.gone
+                if whole and segment.table is not None:
                     segment.writing += 1
                     done.append(segment)
         for segment in done:
@@ -480,12 +497,15 @@ class DiskTier:
         """Give a whole segment up, with all its blocks: its file cannot be trusted, or is gone."""
         with self._lock:
             keys = self._empty(segment)
+        self._remove(segment)
+        if keys:
+            self._dropped(keys)
+
+    def _remove(self, segment: Segment) -> None:
         try:
             self._folder.remove(segment)
         except OSError as error:
             self._failed(error)
-        if keys:
-            self._dropped(keys)
 
     # Room
 
@@ -526,7 +546,7 @@ class DiskTier:
             with self._lock:
                 if victim.geometry == geometry and not victim.readers:
                     break
-            self._folder.remove(victim)
+            self._remove(victim)
             victim = None
         made = self._made(geometry, victim)
         with self._lock:
@@ -550,7 +570,7 @@ class DiskTier:
             return self._folder.renew(victim, generation)
         except OSError as error:
             if victim is not None:
-                self._folder.remove(victim)
+                self._remove(victim)
             elif error.errno in (errno.ENOSPC, errno.EDQUOT):
                 # What there is now is used again, until it is time to see if the disk has grown.
                 self._full_bytes = self._allocated
@@ -641,13 +661,16 @@ class DiskTier:
             try:
                 loaded.append(self._folder.load(name))
             except OSError as error:
-                self._failed(error)
+                self._failed(error)  # its file takes room until it is the oldest, and goes
+                path, geometry = self._path / "segments" / name, Geometry(self._segment_bytes, 1)
+                loaded.append(Segment(int(name[:8]), path, 0, geometry))
+                loaded[-1].used = 1
         loaded.sort(key=lambda segment: segment.generation)
         self._allocated = sum(segment.geometry.nbytes for segment in loaded)
         for segment in loaded:
             if self._allocated > self._size_bytes:
                 self._allocated -= segment.geometry.nbytes
-                self._folder.remove(segment)
+                self._remove(segment)
                 continue
             self._segments[segment.number] = segment
             self._adopt(segment)
@@ -657,7 +680,7 @@ class DiskTier:
                 self._open[segment.geometry.stride] = segment
 
     def _adopt(self, segment: Segment) -> None:
-        """Take in the blocks of a segment; of two copies of a block the later one counts."""
+        """Take in the blocks of a segment; of two copies of a block the later whole one counts."""
         assert segment.table is not None
         frames_max = segment.geometry.stride - PAGE_BYTES
         held = (segment.table["sequence"] > 0) & (segment.table["frame_bytes"] <= frames_max)
@@ -675,13 +698,24 @@ class DiskTier:
         segment.ids[slots[fresh]] = new
         self._nbytes += frames_max * len(new)
         for row in np.flatnonzero(~fresh).tolist():
-            id, sequence = int(ids[row]), int(rows["sequence"][row])
-            if sequence > self._places.sequence[id]:
-                old = self._place(id)
+            id, place = int(ids[row]), Place(segment, int(slots[row]), int(rows["sequence"][row]))
+            old = self._place(id)
+            # The later one may have been under way when the power went.
+            later = place if place.sequence > old.sequence else old
+            if (later is place) is self._is_whole(later):
                 old.segment.ids[old.slot] = NOBODY
-                self._places.at[id] = segment.number << 32 | int(slots[row])
-                self._places.sequence[id] = sequence
-                segment.ids[slots[row]] = id
+                self._places.at[id] = segment.number << 32 | place.slot
+                self._places.sequence[id] = place.sequence
+                segment.ids[place.slot] = id
+
+    def _is_whole(self, place: Place) -> bool:
+        room = memoryview(mmap.mmap(-1, place.segment.geometry.stride - PAGE_BYTES))
+        try:
+            header = self._folder.read(*place, room)
+            verify(Span(header.key, room, header.frame_bytes))
+            return header.kind != DROPPED
+        except (OSError, FrameError):
+            return False
 
 
 def _namespaces(rows: NDArray[np.void]) -> Iterator[tuple[tuple[bytes, int], Bools]]:

@@ -47,7 +47,8 @@ class Segment:
     """One segment file. `used` slots have been handed to writers.
 
     `ids` says which entry of the tier's books lies in a slot (NOBODY: none), `touched` which was
-    read since it was written. `table` is what its footer will say, until it is sealed.
+    read since it was written. `table` is what its footer will say, until it is sealed; `amiss` that
+    the footer names blocks which have been dropped since.
     """
 
     __slots__ = (
@@ -62,6 +63,7 @@ class Segment:
         "ids",
         "touched",
         "table",
+        "amiss",
     )
 
     def __init__(self, number: int, path: Path, generation: int, geometry: Geometry) -> None:
@@ -73,6 +75,7 @@ class Segment:
         self.writing = 0
         self.readers = 0
         self.gone = False
+        self.amiss = False
         self.ids: Int32s = np.full(geometry.slots, NOBODY, dtype=np.int32)
         self.touched: NDArray[np.bool_] = np.zeros(geometry.slots, dtype=np.bool_)
         self.table: NDArray[np.void] | None = np.zeros(geometry.slots, dtype=ENTRY)
@@ -110,7 +113,8 @@ class Segments:
                 self._files.sync(handle)
             self._handles.forget(fresh)
             self._files.rename(fresh, path)
-            self._files.sync_folder(self._folder)
+            for folder in (self._folder, self._folder.parent):
+                self._files.sync_folder(folder)
         with self._handles.of(path) as handle:
             there = [self._super(handle, at) for at in (0, PAGE_BYTES)]
             found = max((each for each in there if each), key=lambda s: s.incarnation, default=None)
@@ -246,6 +250,14 @@ class Segments:
                 self._all(whole(self._files.write, handle, [front], PAGE_BYTES), size)
         except OSError:
             self._count("tier_failures")  # the next opening scans this segment
+
+    def unseal(self, segment: Segment) -> None:
+        """Take a footer back: the next opening scans the slots."""
+        try:
+            with self._handles.of(segment.path) as handle:
+                whole(self._files.write, handle, [blank_page()], PAGE_BYTES)
+        except OSError:
+            self._count("tier_failures")
 
     def remove(self, segment: Segment) -> None:
         """Give a file up; those who still read it may."""
