@@ -1,6 +1,7 @@
 """The disk tier against the bare device: O_DIRECT, the same bytes, the same number of threads."""
 
 import argparse
+import gc
 import mmap
 import os
 import random
@@ -14,12 +15,19 @@ from pathlib import Path
 
 import numpy as np
 
-from bench.runner import Row, Spread, interleave, share, spread
+import kvengine
+from bench.runner import ROUNDS_MIN, Row, Spread, interleave, share, spread
 from kvengine import frame
+from kvengine.arena import Arena
 from kvengine.layout import Layout
 from kvengine.metrics import Metrics
+from kvengine.policy.lru import LRU
+from kvengine.store import Store
 from kvengine.tiers import Span
 from kvengine.tiers.disk import DiskTier
+from kvengine.tiers.files import OSFiles
+from kvengine.tiers.format import Geometry
+from kvengine.tiers.segments import Segments
 
 MIB = 1 << 20
 PAGE = 4096
@@ -28,15 +36,20 @@ TABLE = 16
 TABLES = 6  # a round writes or reads so many tables
 READS_MIN = 2000
 DEADLINE_S = 600.0
+SLOTS = 1_000_000
 LAYOUT = Layout(
     layers=32, kv_heads=8, head_dim=128, head_dim_v=128, dtype="float16", block_tokens=16
 )
 
 
 def run(options: argparse.Namespace) -> list[Row]:
-    """Measure transfers."""
+    """Measure transfers, opening a large directory, and a scan that memory does not hold."""
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
-        return transfers(Path(folder), options.rounds)
+        return [
+            *transfers(Path(folder), options.rounds),
+            *recovery(Path(folder) / "large"),
+            *cyclic_scan(Path(folder) / "scan"),
+        ]
 
 
 class Frames:
@@ -246,6 +259,101 @@ def transfers(folder: Path, rounds: int) -> list[Row]:
         found = Spread(value, value, value, len(ordered))
         rows.append(row("disk cold read 2MiB", name, "ms", found, matches=ours.good))
     return rows
+
+
+class Sparse(OSFiles):
+    """Files with holes for slots: a large directory costs what its headers and footers take."""
+
+    def allocate(self, handle: int, nbytes: int) -> None:
+        os.ftruncate(handle, nbytes)
+
+    def sync(self, handle: int) -> None:
+        pass
+
+
+def recovery(folder: Path) -> list[Row]:
+    """Open a directory with a million slots: footers, the tier's books, the store's index."""
+    stride = PAGE + -(-frame.frame_bytes(LAYOUT) // PAGE) * PAGE
+    geometry = Geometry.fitting(stride, 1 << 30)
+    segments = Segments(Sparse(), folder, lambda what: None)
+    segments.own()
+    left, number = SLOTS, 0
+    while left:
+        number += 1
+        made = segments.create(number, number, geometry, durable=False)
+        assert made.table is not None
+        made.used = min(left, geometry.slots)
+        table = made.table[: made.used]
+        table["key"] = np.frombuffer(os.urandom(32 * made.used), np.uint8).reshape(-1, 32)
+        table["frame_bytes"] = frame.frame_bytes(LAYOUT)
+        table["sequence"] = 1
+        segments.seal(made)
+        left -= made.used
+    segments.close()
+    os.sync()
+    took, counts = [], []
+    for _ in range(ROUNDS_MIN):
+        gc.collect()
+        store = Store(Arena(1 << 22), LRU(), Metrics(), time.monotonic)
+        start = time.perf_counter()
+        tier = DiskTier(folder, 1 << 42, Metrics(), lambda keys: None)
+        counts.append(store.attach(tier))
+        took.append(time.perf_counter() - start)
+        tier.close()
+    shutil.rmtree(folder)
+    matches = set(counts) == {SLOTS}
+    found = spread(took)
+    return [
+        row("disk recover 1M slots", "s", "s", found, matches=matches),
+        row("disk recover 1M slots", "slots", "slots", Spread(SLOTS, SLOTS, SLOTS, 1)),
+        row("disk recover 1M slots", "segments", "files", Spread(number, number, number, 1)),
+    ]
+
+
+def cyclic_scan(folder: Path) -> list[Row]:
+    """Ask again and again for twice what memory holds, saving what is missed."""
+    layout = Layout(
+        layers=4, kv_heads=2, head_dim=64, head_dim_v=64, dtype="float16", block_tokens=16
+    )
+    memory, cycles, prompts, blocks = 16 * MIB, 4, 32, 16
+    nbytes = frame.frame_bytes(layout)
+    blocks = 2 * memory // nbytes // prompts
+    draw = np.random.default_rng(0)
+    shape = (blocks, 16, 2, 64)
+    sources = [
+        [
+            tuple(draw.integers(0, 1 << 15, shape, np.int16).view(np.float16) for _ in "kv")
+            for _ in range(4)
+        ]
+        for _ in range(prompts)
+    ]
+    table, good, unique = np.arange(blocks), True, prompts * blocks
+    with kvengine.open(f"mem://?size={memory} | file://{folder}?size=1G") as engine:
+        names = engine.namespace(model="bench", layout=layout)
+        keys = [names.keys(draw.integers(0, 32000, blocks * 16)) for _ in range(prompts)]
+        for cycle in range(cycles):
+            for each, source in zip(keys, sources, strict=True):
+                target = [tuple(np.zeros_like(a) for a in pair) for pair in source]
+                with engine.match(each) as lease:
+                    transfer = engine.load(lease, target, table[: lease.blocks])
+                transfer.wait()
+                if cycle:
+                    good &= transfer.blocks == blocks and all(
+                        np.array_equal(a.view(np.int16), b.view(np.int16))
+                        for pair, twin in zip(source, target, strict=True)
+                        for a, b in zip(pair, twin, strict=True)
+                    )
+                engine.save(each, source, table).wait()
+                engine.flush()
+        demoted = engine.stats()["demoted_blocks"]
+        fetched = engine.stats()["fetched_blocks"]
+    twice = float((demoted - unique) * nbytes)
+    case = "cyclic scan 2x memory"
+    return [
+        row(case, "bytes_written_twice", "bytes", Spread(twice, twice, twice, 1), matches=good),
+        row(case, "blocks_written", "blocks", Spread(demoted, demoted, demoted, 1)),
+        row(case, "blocks_fetched", "blocks", Spread(fetched, fetched, fetched, 1)),
+    ]
 
 
 def row(
