@@ -26,8 +26,9 @@ from rich.table import Table as Shown
 
 from bench.runner import Row, Spread, interleave, share, spread
 from bench.runner import show as show_rows
-from kvengine.kernels import build, copy, digest, launch
+from kvengine.kernels import build, copy, digest, launch, lossless
 from kvengine.kernels.copy import Moves
+from kvengine.kernels.rows import Rows
 
 MIB = 1 << 20
 PARTS = ("cpu", "compile", "gpu")
@@ -80,7 +81,10 @@ HEADLINE = SHAPES[0]
 
 
 class Place(Protocol):
-    """Memory and the operations on it, of a host core or of a GPU; slabs are arrays of bytes."""
+    """Memory and the operations on it, of a host core or of a GPU; slabs are arrays of bytes.
+
+    code: encode or decode a table, and give its verdicts, where the place has them.
+    """
 
     name: str
     roof: str  # the copy that bounds all others
@@ -93,6 +97,14 @@ class Place(Protocol):
     def copy(self, target: Any, source: Any) -> None: ...
     def gather(self, moves: Moves, digests: npt.NDArray[np.uint64]) -> None: ...
     def scatter(self, moves: Moves, digests: npt.NDArray[np.uint64]) -> bool: ...
+    def code(
+        self,
+        coding: "Coding",
+        verb: str,
+        rows: Rows,
+        digests: npt.NDArray[np.uint64],
+        verdicts: npt.NDArray[np.uint8],
+    ) -> Any: ...
     def timed(self, function: Callable[[], object]) -> float: ...
     def equal(self, one: Any, other: Any) -> bool: ...
     def host(self, array: Any) -> npt.NDArray[np.uint8]: ...
@@ -131,6 +143,17 @@ class Host:
         verdicts = np.zeros(digests.shape[:2], np.uint8)
         copy.scatter(moves, *everything(moves), digests, verdicts)
         return bool((verdicts == copy.GOOD).all())
+
+    def code(
+        self,
+        coding: "Coding",
+        verb: str,
+        rows: Rows,
+        digests: npt.NDArray[np.uint64],
+        verdicts: npt.NDArray[np.uint8],
+    ) -> npt.NDArray[np.uint8]:
+        getattr(coding, verb)(rows, *everything(rows), digests, verdicts)
+        return verdicts
 
     def timed(self, function: Callable[[], object]) -> float:
         start = time.perf_counter()
@@ -179,6 +202,24 @@ class Device:
         self.kernels.scatter(moves, *everything(moves), self.device)
         return True  # the caller compares the bytes
 
+    def code(
+        self,
+        coding: "Coding",
+        verb: str,
+        rows: Rows,
+        digests: npt.NDArray[np.uint64],
+        verdicts: npt.NDArray[np.uint8],
+    ) -> Any:
+        """Launch, and give the verdicts; the caller compares what was decoded."""
+        kernels = importlib.import_module(coding.device)
+        kind = self.torch.uint8
+        found = self.torch.full(verdicts.shape, copy.GOOD, dtype=kind, device=self.device)
+        if verb == "encode":
+            kernels.encode(rows, *everything(rows), found, self.device)
+        else:
+            kernels.decode(rows, *everything(rows), self.device)
+        return found
+
     def timed(self, function: Callable[[], object]) -> float:
         if self.device == "cpu":  # the interpreter
             start = time.perf_counter()
@@ -198,8 +239,8 @@ class Device:
         return np.asarray(array.cpu())
 
 
-def everything(moves: Moves) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (0, len(moves.frames)), (0, len(moves.segments))
+def everything(table: Moves | Rows) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (0, len(table.frames)), (0, len(table.segments))
 
 
 class Bytes:
@@ -207,7 +248,8 @@ class Bytes:
 
     def __init__(self, place: Place, random: np.random.Generator) -> None:
         self.place = place
-        self.cache, self.frames, self.spare = (place.slab(place.slab_bytes) for _ in range(3))
+        slabs = (place.slab(place.slab_bytes) for _ in range(4))
+        self.cache, self.frames, self.coded, self.spare = slabs
         place.fill(self.cache, like_keys(random))
 
 
@@ -318,11 +360,12 @@ class Mover:
         whole = frames[:, : self.shape.block_bytes]
         return whole.reshape(self.count, self.shape.pieces, -1).swapaxes(0, 1)
 
-    def in_cache(self, units: npt.NDArray[np.int64]) -> Any:
-        """Give the bytes of these units of the cache, [pieces, count, piece_bytes]."""
+    def in_cache(self, units: npt.NDArray[np.int64], slab: Any = None) -> Any:
+        """Give the bytes of these units of a cache, [pieces, count, piece_bytes]."""
         pieces = self.shape.pieces
         used = pieces * self.blocks * self.shape.piece_bytes
-        cache = self.slabs.cache[:used].reshape(pieces, -1, self.unit_bytes)
+        slab = self.slabs.cache if slab is None else slab
+        cache = slab[:used].reshape(pieces, -1, self.unit_bytes)
         return cache[:, units.reshape(-1)].reshape(pieces, self.count, -1)
 
 
@@ -385,9 +428,138 @@ def checksum(mover: Mover) -> Iterable[Operation]:
     yield Operation("digest xxh3", turn, matches, BF16_BYTES)
 
 
+@dataclass(frozen=True)
+class Coding:
+    """A codec of elements, and how it is called on the host and on a device.
+
+    nbytes: of a component of a shape once it is encoded, 0 where the codec does not fit. The calls
+    take Rows, digests and verdicts of a table; `encode` and `decode` are the host's, `reference`
+    what both must equal. device: the module whose `encode` and `decode` take Rows, ranges (verdicts
+    for the former) and the device.
+    """
+
+    name: str
+    nbytes: Callable[[Shape], int]
+    encode: Callable[..., None]
+    decode: Callable[..., None]
+    reference: Callable[..., None]
+    device: str
+
+
+def lossless_nbytes(shape: Shape) -> int:
+    channels = shape.heads * shape.dims[0]
+    fits = shape.dims[0] % lossless.GROUP == 0 and lossless.pays(shape.tokens, channels)
+    return lossless.encoded_nbytes(shape.tokens, channels) if fits else 0
+
+
+CODINGS = (
+    Coding(
+        "lossless",
+        lossless_nbytes,
+        lossless.encode,
+        lossless.decode,
+        lossless.encode_reference,
+        "kvengine.kernels.lossless_device",
+    ),
+)
+
+
+class Coder:
+    """A codec on a mover's bytes: blocks of its cache are encoded, and decoded to a spare one."""
+
+    def __init__(self, mover: Mover, coding: Coding) -> None:
+        self.mover, self.coding, self.shape = mover, coding, mover.shape
+        self.place, self.slabs = mover.place, mover.slabs
+        self.nbytes = coding.nbytes(mover.shape)
+        self.turn = 0
+        self.saved = self.loaded = mover.draw(0)
+        self.digests = np.zeros_like(mover.digests)
+        self.verdicts = np.zeros(self.digests.shape[:2], np.uint8)
+
+    def rows(self, base: int, stride: int, units: npt.NDArray[np.int64], frame: int) -> Rows:
+        """Describe blocks of a cache [pieces, blocks, piece_bytes], and their encoded frames.
+
+        stride: from a piece of the cache to the next; frame: address of the first frame.
+        """
+        shape, each = self.shape, len(self.shape.dims)
+        piece, layer = np.arange(shape.pieces), np.arange(shape.layers)
+        width = shape.dims[0] * BF16_BYTES
+        token = 0 if shape.slots else shape.heads * width
+        columns = (base + piece * stride, 0, token, width, shape.heads, shape.dims[0])
+        components = np.empty((shape.pieces, 8), np.int64)
+        for i, column in enumerate((*columns, piece % each == 0, piece * self.nbytes)):
+            components[:, i] = column
+        size = each * self.nbytes
+        segments = np.stack((layer * each, layer * 0 + each, layer * size, layer * 0 + size), 1)
+        frames = frame + np.arange(len(units)) * self.mover.frame_bytes
+        offsets = np.ascontiguousarray(units * self.mover.unit_bytes)[None]
+        return Rows(components, offsets, segments, frames, shape.tokens, "bfloat16")
+
+    def table(self, slab: Any, units: npt.NDArray[np.int64]) -> Rows:
+        """Describe a table of this turn."""
+        frame = self.place.address(self.slabs.coded) + self.mover.at(self.turn)
+        stride = self.mover.blocks * self.shape.piece_bytes
+        return self.rows(self.place.address(slab), stride, units, frame)
+
+    def timed(self, verb: str, rows: Rows) -> float:
+        tables = (self.digests, self.verdicts)
+        found: list[Any] = []
+        took = self.place.timed(
+            lambda: found.append(self.place.code(self.coding, verb, rows, *tables))
+        )
+        self.verdicts = self.place.host(found[0])
+        return took
+
+    def encode(self) -> float:
+        self.turn += 1
+        self.saved = self.mover.draw(0)
+        return self.timed("encode", self.table(self.slabs.cache, self.saved))
+
+    def decode(self) -> float:
+        """Decode what was last encoded."""
+        self.loaded = self.mover.draw(1)
+        return self.timed("decode", self.table(self.slabs.spare, self.loaded))
+
+    def encoded(self) -> bool:
+        """Encode once more, and compare with the reference."""
+        self.encode()
+        mover, count = self.mover, len(self.saved)
+        cache = self.place.host(mover.in_cache(self.saved)).copy()
+        coded = np.full((count, mover.frame_bytes), POISON, np.uint8)
+        units = np.arange(self.saved.size).reshape(self.saved.shape)
+        address = cache.ctypes.data
+        rows = self.rows(address, count * self.shape.piece_bytes, units, coded.ctypes.data)
+        digests, verdicts = np.zeros_like(self.digests), np.zeros_like(self.verdicts)
+        self.coding.reference(rows, *everything(rows), digests, verdicts)
+        start = mover.at(self.turn)
+        found = self.place.host(self.slabs.coded[start : start + coded.size])
+        size = self.shape.pieces * self.nbytes
+        same = np.array_equal(found.reshape(coded.shape)[:, :size], coded[:, :size])
+        if self.place.name == "cpu":
+            same &= np.array_equal(digests, self.digests)
+        return same and np.array_equal(verdicts, self.verdicts)
+
+    def decoded(self) -> bool:
+        """Encode and decode once more, and compare with the blocks that were encoded."""
+        self.encode()
+        self.decode()
+        wanted = self.mover.in_cache(self.saved)
+        found = self.mover.in_cache(self.loaded, self.slabs.spare)
+        return bool((self.verdicts == copy.GOOD).all()) and self.place.equal(found, wanted)
+
+
+def coded(mover: Mover) -> Iterable[Operation]:
+    for coding in CODINGS:
+        if nbytes := coding.nbytes(mover.shape):
+            coder = Coder(mover, coding)
+            moved = BF16_BYTES * (1 + nbytes / mover.shape.piece_bytes)
+            yield Operation(f"{coding.name} encode", coder.encode, coder.encoded, moved)
+            yield Operation(f"{coding.name} decode", coder.decode, coder.decoded, moved)
+
+
 # What is measured on a mover's bytes; an encoding gives nothing where its place or shape does not
 # fit.
-ENCODINGS: tuple[Callable[[Mover], Iterable[Operation]], ...] = (raw, checksum)
+ENCODINGS: tuple[Callable[[Mover], Iterable[Operation]], ...] = (raw, checksum, coded)
 
 
 def measured(

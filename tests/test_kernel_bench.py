@@ -39,6 +39,7 @@ def shapes(bench: ModuleType) -> list:
         bench.Shape("pair", 2, 2, (16, 16), 4),
         bench.Shape("latent", 3, 1, (72,), 5),
         bench.Shape("slots", 2, 2, (16, 16), 4, slots=True),
+        bench.Shape("coded", 1, 1, (64, 64), 8),
     ]
 
 
@@ -53,8 +54,11 @@ def measured(bench: ModuleType, place: object) -> tuple[list, list]:
 def check(rows: list, name: str, roof: str) -> None:
     """A share and a speed for each shape and operation, all of them as the reference has it."""
     cases = [row.case for row in rows[::2]]
-    for shape in ("pair/4", "latent/5", "slots/4 slots"):
+    for shape in ("pair/4", "latent/5", "slots/4 slots", "coded/8"):
         assert {f"{name} gather raw {shape}", f"{name} scatter raw {shape}"} <= set(cases)
+    for verb in ("encode", "decode"):
+        assert f"{name} lossless {verb} coded/8" in cases
+        assert f"{name} lossless {verb} pair/4" not in cases  # it would not get smaller
     assert len(cases) == len(set(cases))
     assert [row.metric for row in rows] == [f"share_of_{roof}", "speed"] * len(cases)
     assert all(row.matches_reference and row.n == 9 and row.value > 0 for row in rows)
@@ -82,6 +86,28 @@ def test_bytes_that_went_wrong_are_seen(
     monkeypatch.setattr(place, verb, short)
     rows, _ = measured(bench, place)
     found = {row.matches_reference for row in rows if f"cpu {verb}" in row.case}
+    assert found == {False}
+
+
+@pytest.mark.parametrize("verb", ["encode", "decode"])
+def test_codes_that_went_wrong_are_seen(
+    bench: ModuleType, verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = bench.Host(4 * KIB, 64 * KIB)
+    whole = place.code
+
+    def short(coding, asked, rows, digests, verdicts):
+        """Leave out the last layer."""
+        if asked != verb:
+            return whole(coding, asked, rows, digests, verdicts)
+        (blocks, (first, last)) = bench.everything(rows)
+        getattr(coding, verb)(rows, blocks, (first, last - 1), digests, verdicts)
+        verdicts[:] = bench.copy.GOOD
+        return verdicts
+
+    monkeypatch.setattr(place, "code", short)
+    rows, _ = measured(bench, place)
+    found = {row.matches_reference for row in rows if f"lossless {verb}" in row.case}
     assert found == {False}
 
 
