@@ -753,8 +753,8 @@ MUTATIONS = (
     Mutation(
         "two superblocks in turns",
         "kvengine.tiers.segments",
-        "at = PAGE_BYTES if there[0] is found else 0",
-        "at = 0 if there[0] is found else PAGE_BYTES",
+        "return PAGE_BYTES if there[0] is found else 0, found",
+        "return 0 if there[0] is found else PAGE_BYTES, found",
         lambda kind: incarnations_rise(kind),
     ),
     Mutation(

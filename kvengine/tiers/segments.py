@@ -116,29 +116,44 @@ class Segments:
             for folder in (self._folder, self._folder.parent):
                 self._files.sync_folder(folder)
         with self._handles.of(path) as handle:
-            there = [self._super(handle, at) for at in (0, PAGE_BYTES)]
-            found = max((each for each in there if each), key=lambda s: s.incarnation, default=None)
-            if found is None:
-                raise ConfigError(
-                    f"{path} is not a kvengine superblock, or is damaged: give another directory, "
-                    "or remove this one"
-                )
-            if found.version != VERSION or found.page_bytes != PAGE_BYTES:
-                raise ConfigError(
-                    f"{path} has format version {found.version}, this kvengine writes {VERSION}: "
-                    "open it with the one that made it, or remove the directory"
-                )
-            if found.cipher != PLAIN:
-                raise ConfigError(f"{path} is sealed with cipher {found.cipher}, not known here")
-            if None in there:
-                self._count("corrupt_blocks")
+            at, found = self._superblock(handle, path)
             # The older page is written, the newer stays whole whatever happens.
-            at = PAGE_BYTES if there[0] is found else 0
             found = found._replace(incarnation=found.incarnation + 1)
             self._all(whole(self._files.write, handle, [found.page()], at), PAGE_BYTES)
             self._files.sync(handle)
         self._uuid = found.uuid
         return found.incarnation
+
+    def look(self) -> None:
+        """Read the superblock, to read segments only. Raises ConfigError where there is none."""
+        path = self._folder / "superblock"
+        try:
+            with self._handles.of(path) as handle:
+                self._uuid = self._superblock(handle, path)[1].uuid
+        except FileNotFoundError as error:
+            raise ConfigError(
+                f"{self._folder} is no directory of kvengine's: it has no superblock"
+            ) from error
+
+    def _superblock(self, handle: int, path: Path) -> tuple[int, Superblock]:
+        """Return the superblock that counts, and where the other page stands."""
+        there = [self._super(handle, at) for at in (0, PAGE_BYTES)]
+        found = max((each for each in there if each), key=lambda s: s.incarnation, default=None)
+        if found is None:
+            raise ConfigError(
+                f"{path} is not a kvengine superblock, or is damaged: give another directory, "
+                "or remove this one"
+            )
+        if found.version != VERSION or found.page_bytes != PAGE_BYTES:
+            raise ConfigError(
+                f"{path} has format version {found.version}, this kvengine writes {VERSION}: "
+                "open it with the one that made it, or remove the directory"
+            )
+        if found.cipher != PLAIN:
+            raise ConfigError(f"{path} is sealed with cipher {found.cipher}, not known here")
+        if None in there:
+            self._count("corrupt_blocks")
+        return PAGE_BYTES if there[0] is found else 0, found
 
     def _super(self, handle: int, at: int) -> Superblock | None:
         page = blank_page()
@@ -250,6 +265,12 @@ class Segments:
                 self._all(whole(self._files.write, handle, [front], PAGE_BYTES), size)
         except OSError:
             self._count("tier_failures")  # the next opening scans this segment
+
+    def mend(self, segment: Segment) -> None:
+        """Write header and footer anew, from what has been found."""
+        with self._handles.of(segment.path) as handle:
+            self._write_header(handle, segment)
+        self.seal(segment)
 
     def unseal(self, segment: Segment) -> None:
         """Take a footer back: the next opening scans the slots."""

@@ -1,0 +1,175 @@
+"""Read all of a disk tier's directory while no engine has it: what is damaged, and giving it up.
+
+The bytes are verified as a read does it: slot header, frame header, every segment of the payload.
+"""
+
+from __future__ import annotations
+
+import mmap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from kvengine.errors import ConfigError, DirectoryInUse, FrameError
+from kvengine.tiers import Span, verify
+from kvengine.tiers.files import Files, OSFiles
+from kvengine.tiers.format import BLOCK, PAGE_BYTES
+from kvengine.tiers.segments import Segment, Segments
+
+NAMES_MAX = 100
+
+
+@dataclass
+class Report:
+    """How it went. `damaged_pages` are superblocks, segment headers, footers, slots of an unsealed
+    segment; `unreadable` what the disk would not give."""
+
+    segments: int = 0
+    blocks: int = 0
+    nbytes: int = 0
+    damaged_blocks: int = 0
+    damaged_pages: int = 0
+    unreadable: int = 0
+    mended: bool = False
+    seconds: float = 0.0
+    damaged: list[str] = field(default_factory=list)
+
+    @property
+    def whole(self) -> bool:
+        """Whether nothing was damaged."""
+        return not (self.damaged_blocks or self.damaged_pages or self.unreadable)
+
+    def shown(self) -> dict[str, object]:
+        """Give all by name, fit to be printed."""
+        return {
+            "segments": self.segments,
+            "blocks": self.blocks,
+            "bytes": self.nbytes,
+            "damaged blocks": self.damaged_blocks,
+            "damaged pages": self.damaged_pages,
+            "unreadable": self.unreadable,
+            "mended": self.mended and not self.whole,
+            "seconds": round(self.seconds, 3),
+            "damaged": self.damaged,
+        }
+
+
+def scrub(
+    folder: Path,
+    *,
+    mend: bool,
+    rate_bytes: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    files: Files | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Report:
+    """Read every block, at most `rate_bytes` a second. `mend`: give damaged ones up.
+
+    `progress` is told bytes done and bytes in all. Raises DirectoryInUse where an engine has the
+    directory, ConfigError where it is none of kvengine's.
+    """
+    files = files or OSFiles()
+    found = Report(mended=mend)
+
+    def count(what: str) -> None:
+        found.damaged_pages += what == "corrupt_blocks"
+        found.unreadable += what == "tier_failures"
+
+    segments = Segments(files, folder, count)
+    if not folder.is_dir() and isinstance(files, OSFiles):
+        raise ConfigError(f"{folder} is not a directory")
+    try:
+        owner = files.lock(folder / "lock")
+    except BlockingIOError as error:
+        raise DirectoryInUse(f"{folder} is held by an engine: close that one first") from error
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot be read ({error.strerror})") from error
+    try:
+        segments.look()
+        if mend:
+            pages = found.damaged_pages
+            segments.own()  # writes the superblock's other page anew
+            found.damaged_pages = pages
+        _walk(segments, found, rate_bytes, progress, clock, sleep)
+    finally:
+        segments.close()
+        files.close(owner)
+    return found
+
+
+def _walk(
+    segments: Segments,
+    found: Report,
+    rate_bytes: int | None,
+    progress: Callable[[int, int], None],
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> None:
+    start, loaded = clock(), []
+    for name in segments.names():
+        pages = found.damaged_pages
+        try:
+            segment = segments.load(name)
+        except OSError as error:
+            found.unreadable += 1
+            _note(found, f"{name}: {error.strerror}")
+            continue
+        loaded.append((segment, found.damaged_pages > pages))
+        if found.damaged_pages > pages:
+            _note(found, f"{name}: header, footer or a slot")
+    total = sum(len(_slots(segment)) * segment.geometry.stride for segment, _ in loaded)
+    for segment, amiss in loaded:
+        found.segments += 1
+        for slot in _slots(segment):
+            if not _check(segments, segment, slot, found):
+                amiss = True
+            progress(found.nbytes, total)
+            if rate_bytes is not None:
+                sleep(max(0.0, start + found.nbytes / rate_bytes - clock()))
+        if found.mended and amiss:
+            try:
+                segments.mend(segment) if segment.generation else segments.remove(segment)
+            except OSError as error:
+                found.unreadable += 1
+                _note(found, f"{segment.path.name}: not mended: {error.strerror}")
+    found.seconds = clock() - start
+
+
+def _slots(segment: Segment) -> list[int]:
+    assert segment.table is not None
+    slots: list[int] = np.flatnonzero(segment.table["sequence"] > 0).tolist()
+    return slots
+
+
+def _check(segments: Segments, segment: Segment, slot: int, found: Report) -> bool:
+    """Read one block; where it is damaged, count it, and give it up if that is wanted."""
+    assert segment.table is not None
+    entry = segment.table[slot]
+    sequence, key = int(entry["sequence"]), entry["key"].tobytes()
+    room = memoryview(mmap.mmap(-1, segment.geometry.stride - PAGE_BYTES))
+    found.nbytes += segment.geometry.stride
+    try:
+        header = segments.read(segment, slot, sequence, room)
+        if header.kind == BLOCK:
+            verify(Span(key, room, header.frame_bytes))
+            found.blocks += 1
+        return True
+    except (FrameError, OSError) as error:
+        found.damaged_blocks += 1
+        _note(found, f"{segment.path.name} slot {slot}: {error}")
+    if found.mended:
+        entry["sequence"] = 0
+        try:
+            segments.blank(segment, slot, sequence)
+        except OSError:
+            found.unreadable += 1
+    return False
+
+
+def _note(found: Report, text: str) -> None:
+    if len(found.damaged) < NAMES_MAX:
+        found.damaged.append(text)
