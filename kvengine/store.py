@@ -186,7 +186,8 @@ class Store:
     def contains(self, keys: BlockKeys) -> Bools:
         """Say for each key whether its block is held. Takes nothing, leaves recency alone."""
         with self._lock:
-            return self._present(self._index.find(keys.words), keys.namespace.number)[0]
+            ids = self._index.find(keys.words)
+            return self._present(ids, keys.namespace.number, self._reachable())[0]
 
     def match(self, keys: BlockKeys, found: Int32s | None = None) -> Lease:
         """Hold the leading blocks that are here or in a tier; the lease says how many.
@@ -556,20 +557,27 @@ class Store:
                 takers.append(number)
         return takers
 
-    def _present(self, ids: Int32s, number: int) -> tuple[Bools, Bools]:
-        """Return which ids are blocks of this namespace, and which of them are in memory."""
+    def _reachable(self) -> int:
+        """Return the bits of the tiers that are not left alone for failing."""
+        return sum(1 << number for number, tier in enumerate(self._tiers) if not tier.away)
+
+    def _present(self, ids: Int32s, number: int, bits: int = -1) -> tuple[Bools, Bools]:
+        """Return which ids are blocks of this namespace, and which of them are in memory.
+
+        bits: of the tiers that count.
+        """
         rows = self._index.rows[ids]
         state = rows[:, STATE]
         mine = rows[:, NAMESPACE] >> FORM_BITS == number >> FORM_BITS
         here = (ids >= 0) & ((state & STATE_MASK) == COMMITTED) & mine
         in_memory = here & (rows[:, SLOT] != NO_SLOT)
-        return in_memory | (here & (state >> TIER_SHIFT != 0)), in_memory
+        return in_memory | (here & (state >> TIER_SHIFT & bits != 0)), in_memory
 
     def _prefix(self, keys: BlockKeys) -> tuple[Int32s, int]:
         ids = self._index.find(keys.words)
         if not len(ids):
             return EMPTY, 0
-        present, in_memory = self._present(ids, keys.namespace.number)
+        present, in_memory = self._present(ids, keys.namespace.number, self._reachable())
         count = _leading(present)
         return ids[:count], min(count, _leading(in_memory))
 

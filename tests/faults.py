@@ -85,7 +85,9 @@ class Blocks:
 class Scene:
     """A tier over a file layer, and what it has said of each block."""
 
-    def __init__(self, kind: Kind, files: Files, blocks: Blocks, *, durable: bool = True) -> None:
+    def __init__(
+        self, kind: Kind, files: Files, blocks: Blocks, *, durable: bool = True, **options: object
+    ) -> None:
         self.blocks = blocks
         self.tally = Tally()
         self.acked: set[int] = set()
@@ -100,6 +102,7 @@ class Scene:
             durable=durable,
             files=files,
             workers=self.workers,
+            **options,
         )
 
     def _dropped(self, keys: Sequence[bytes]) -> None:

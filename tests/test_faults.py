@@ -104,6 +104,30 @@ def test_a_failed_sync_is_not_tried_again():
     scene.close()
 
 
+def test_a_failing_disk_is_left_alone_until_a_trial_goes_well():
+    blocks, disk, now = faults.Blocks(8), SimDisk(), [0.0]
+    files = Faulty(disk)
+    scene = faults.Scene(faults.DiskTier, files, blocks, clock=lambda: now[0])
+    scene.write(range(6))
+    files.at, files.then = len(files.calls), 1 << 30
+    assert [scene.read(index) for index in range(6)] == [None] * 6
+    assert scene.tier.away and len(scene.held()) == 3
+    calls = len(files.calls)
+    scene.write([6])
+    assert len(files.calls) == calls and scene.acked == {3, 4, 5}
+    now[0] += 0.3  # the pause is over, and the trial fails
+    assert scene.tier.away and len(files.calls) == calls + 1
+    now[0] += 0.3
+    assert scene.tier.away and len(files.calls) == calls + 1
+    files.then, files.at = 0, -1
+    now[0] += 1
+    assert not scene.tier.away
+    assert [scene.read(index) for index in (3, 4, 5)] == blocks.bytes[3:6]
+    scene.write([0, 6])
+    assert scene.held() == {0, 3, 4, 5, 6}
+    scene.close()
+
+
 def test_a_full_segment_is_used_again():
     """Names of files do not grow, and what was read since it was written outlives its segment."""
     blocks, disk = faults.Blocks(60), SimDisk()

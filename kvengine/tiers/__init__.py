@@ -75,6 +75,11 @@ class Tier(Protocol):
         ...
 
     @property
+    def away(self) -> bool:
+        """Whether it fails and is left alone for now: what it holds is no hit meanwhile."""
+        ...
+
+    @property
     def nbytes(self) -> int:
         """Bytes of frames held; 0 where that is not known."""
         ...

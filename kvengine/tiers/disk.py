@@ -32,6 +32,7 @@ from kvengine.index import KeyTable, Words, grown
 from kvengine.keys import KEY_BYTES
 from kvengine.metrics import Metrics
 from kvengine.tiers import Dropped, Held, Report, Span, verify
+from kvengine.tiers.breaker import Breaker
 from kvengine.tiers.files import Files, OSFiles
 from kvengine.tiers.format import DROPPED, PAGE_BYTES, Geometry, SlotHeader, pages
 from kvengine.tiers.segments import NOBODY, Segment, Segments
@@ -41,8 +42,12 @@ SEGMENT_BYTES = 256 << 20
 CLOSE_S = 30.0
 FULL_S = 60.0  # how long a full disk is left alone before the next try to grow
 KEEP_SHARE = 4
+SLOW_S = 10.0  # a disk that takes longer for one frame is as good as away
 # What says nothing of the block: the process is short of something.
 PASSING = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR, errno.EAGAIN})
+
+# What says nothing of the disk.
+HARMLESS = PASSING | {errno.ENOENT, errno.ENOSPC, errno.EDQUOT}
 
 Bools = NDArray[np.bool_]
 # Given uint8[n, 32] keys of a segment that is to go, in order of writing, and which of them were
@@ -106,6 +111,7 @@ class DiskTier:
         files: Files | None = None,
         workers: Workers | None = None,
         keep: Keep = second_chance,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path = path
         self._size_bytes = size_bytes
@@ -114,6 +120,9 @@ class DiskTier:
         self._dropped = dropped
         self._durable = durable
         self._keep = keep
+        self._clock = clock
+        self._breaker = Breaker()
+        self._trying = False
         self._lock = threading.Lock()
         self._making = threading.Lock()  # held while files are made, by those who need one
         self._segments: dict[int, Segment] = {}
@@ -160,6 +169,11 @@ class DiskTier:
             raise
 
     @property
+    def away(self) -> bool:
+        """Whether the disk fails, and is left alone for now. A trial is begun where one is due."""
+        return not self._passes()
+
+    @property
     def nbytes(self) -> int:
         """Bytes of frames held."""
         return self._nbytes
@@ -184,6 +198,10 @@ class DiskTier:
 
     def read(self, spans: Sequence[Span], deadline: float, report: Report) -> None:
         """Queue reads, one piece of work a frame; each is reported when its bytes are verified."""
+        if not self._passes():
+            for index in range(len(spans)):
+                report(index, False)
+            return
         places = self._enter(spans)
         for index, (span, place) in enumerate(zip(spans, places, strict=True)):
             if place is None:
@@ -256,6 +274,41 @@ class DiskTier:
 
     def _failed(self, error: Exception) -> None:
         self._count("tier_failures")
+        if isinstance(error, OSError) and error.errno not in HARMLESS:
+            self._went_wrong()
+
+    def _went_wrong(self) -> None:
+        with self._lock:
+            self._breaker.failed(self._clock())
+
+    def _went_well(self, since: float) -> None:
+        """Note a read or a write that was whole; one that took too long says that nothing is."""
+        if self._clock() - since > SLOW_S:
+            self._went_wrong()
+        else:
+            with self._lock:
+                self._breaker.succeeded()
+
+    def _passes(self) -> bool:
+        """Whether requests reach the disk. Where a trial is due, begin it behind."""
+        if self._breaker.closed:
+            return True
+        with self._lock:
+            due = self._breaker.trial(self._clock()) and not self._trying
+            self._trying |= due
+        if due and not self._workers.submit(self._try):
+            self._trying = False
+        return self._breaker.closed
+
+    def _try(self) -> None:
+        since = self._clock()
+        try:
+            self._folder.touch()
+            self._went_well(since)
+        except OSError as error:
+            self._failed(error)
+        finally:
+            self._trying = False
 
     def _count(self, what: str) -> None:
         self._metrics.add(what, 1, tier=self.name)
@@ -287,10 +340,13 @@ class DiskTier:
             segment.readers -= 1
 
     def _read(self, index: int, span: Span, place: Place, deadline: float, report: Report) -> None:
-        good = False
+        good, since = False, self._clock()
         try:
-            if time.monotonic() < deadline:
+            if since < deadline and self._passes():
                 good = self._read_frame(span, place)
+            if good:
+                self._went_well(since)
+                self._metrics.add("op_seconds", self._clock() - since, op="read", tier=self.name)
         finally:
             self._leave(place.segment)
             report(index, good)
@@ -388,11 +444,14 @@ class DiskTier:
         over: Callable[[int, Written | None], None],
         report: Report,
     ) -> None:
-        held, found = None, None
+        held, found, since = None, None, self._clock()
         try:
-            if time.monotonic() < deadline:
+            if since < deadline and self._passes():
                 held = self._held(span)
                 found = None if held else self._write_frame(span)
+            if found is not None:
+                self._went_well(since)
+                self._metrics.add("op_seconds", self._clock() - since, op="write", tier=self.name)
         finally:
             if found is None:
                 report(index, held is not None)
@@ -574,12 +633,12 @@ class DiskTier:
             elif error.errno in (errno.ENOSPC, errno.EDQUOT):
                 # What there is now is used again, until it is time to see if the disk has grown.
                 self._full_bytes = self._allocated
-                self._full_until = time.monotonic() + FULL_S
+                self._full_until = self._clock() + FULL_S
             raise
 
     def _short(self, nbytes: int) -> bool:
         """Whether a segment of so many bytes more would be too much for the disk."""
-        full = time.monotonic() < self._full_until and nbytes <= self._full_bytes
+        full = self._clock() < self._full_until and nbytes <= self._full_bytes
         return self._allocated + nbytes > (self._full_bytes if full else self._size_bytes)
 
     def _victim(self) -> Segment | None:

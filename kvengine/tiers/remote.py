@@ -125,6 +125,11 @@ class RemoteTier:
         self._closed = False
         self._workers = Workers(threads, f"kvengine-{self.name}", self._failed)
 
+    @property
+    def away(self) -> bool:
+        """Whether the store fails, and is left alone for now."""
+        return not self._breaker.closed
+
     def scan(self) -> Iterator[Held]:
         """Yield nothing: what is there is asked by `find`."""
         return iter(())

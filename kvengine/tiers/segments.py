@@ -124,6 +124,12 @@ class Segments:
         self._uuid = found.uuid
         return found.incarnation
 
+    def touch(self) -> None:
+        """Read and sync the superblock, to see if the disk does. Raises OSError where not."""
+        with self._handles.of(self._folder / "superblock") as handle:
+            whole(self._files.read, handle, [blank_page()], 0)
+            self._files.sync(handle)
+
     def look(self) -> None:
         """Read the superblock, to read segments only. Raises ConfigError where there is none."""
         path = self._folder / "superblock"
