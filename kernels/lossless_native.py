@@ -29,7 +29,8 @@ GROUP = 8  # elements whose codes lie together
 WIDE = 64  # elements of a vector
 ESCAPE = 7
 OVERFULL = np.uint8(3)
-TILE_NBYTES = 2 * 8192  # of a tile at most, coded or not
+TILE_NBYTES = 2 * (8192 + WIDE)  # of a tile at most, coded or not, and slack behind it
+COMMON = 2  # escapes of a vector: those of K and V are 1 or 2 on average
 
 
 def _vector(builder: ir.IRBuilder, address: ir.Value, kind: ir.Type, lanes: int) -> ir.Value:
@@ -181,7 +182,7 @@ def _stream_line(typing: Any, source: Any, target: Any) -> Any:
 @intrinsic
 def _trailing_zeros(typing: Any, value: Any) -> Any:
     def codegen(context: Any, builder: ir.IRBuilder, signature: Any, args: Any) -> Any:
-        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 1))
+        return builder.cttz(args[0], ir.Constant(ir.IntType(1), 0))
 
     return types.int64(types.int64), codegen
 
@@ -220,14 +221,26 @@ def _code_tile(
                     source + 2 * i, tops + channel, target + i, low + i // 4, high + i // 8
                 )
                 channel += GROUP
+            # The first without a branch, which would be guessed wrong in every other vector. What
+            # is no escape is read from the slack of an array, and written over later.
+            for _ in range(COMMON):
+                coded[min(at, size)] = words[i + _trailing_zeros(far)] >> 7
+                at += far != 0
+                far &= far - 1
             while far != 0:
-                if at < size:
-                    coded[at] = words[i + _trailing_zeros(far)] >> 7
+                coded[min(at, size)] = words[i + _trailing_zeros(far)] >> 7
                 at += 1
                 far &= far - 1
         ahead += step
     coded[at:size] = 0
     return at <= size
+
+
+@register_jitable
+def _put_escape(coded: Any, words: Any, i: int, at: int) -> None:
+    sign_and_mantissa = np.uint16(coded[i])
+    exponent = np.uint16(coded[at])
+    words[i] = (sign_and_mantissa & 128) << 8 | exponent << 7 | sign_and_mantissa & 127
 
 
 @register_jitable
@@ -237,6 +250,7 @@ def _decode_tile(coded: Any, words: Any, tokens: int, channels: int, size: int) 
     source, target = coded.ctypes.data, words.ctypes.data
     low, high, tops = source + count, source + count // 4 * 5, source + count // 8 * 11
     whole = channels - channels % WIDE
+    coded[size] = 0  # the exponent of escapes that have no room: no coder has written those bytes
     at = count // 8 * 11 + channels
     for token in range(tokens):
         channel = 0
@@ -252,11 +266,12 @@ def _decode_tile(coded: Any, words: Any, tokens: int, channels: int, size: int) 
                     target + 2 * i, tops + channel, source + i, low + i // 4, high + i // 8
                 )
                 channel += GROUP
+            for _ in range(COMMON):  # what is no escape goes where the next vectors will be
+                _put_escape(coded, words, i + _trailing_zeros(far), min(at, size))
+                at += far != 0
+                far &= far - 1
             while far != 0:
-                j = i + _trailing_zeros(far)
-                if at < size:  # else zero: bytes that no coder has written
-                    m = np.uint16(coded[j])
-                    words[j] = (m & 128) << 8 | np.uint16(coded[at]) << 7 | m & 127
+                _put_escape(coded, words, i + _trailing_zeros(far), min(at, size))
                 at += 1
                 far &= far - 1
 
