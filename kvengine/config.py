@@ -376,8 +376,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     `disk`, `valkey` and `objects` are the tiers below memory, in this order; None: not there.
     `threads` copy and hash, `io_threads` read and write the disk.
-    `lossless` saves bf16 blocks in three quarters of their size, which takes longer than copying
-    them; either way what is saved is loaded bit for bit, by engines set either way.
+    `lossless` saves bf16 blocks in three quarters of their size where numba is installed, which
+    takes longer than copying them; either way what is saved is loaded bit for bit, by engines set
+    either way.
     `find_s` is how long a look-up may wait for the answer of remote tiers.
     `secret` keys the block keys: two engines share blocks only where it is the same; it may be
     given as hex or as the path of a file, and is never printed.

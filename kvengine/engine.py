@@ -128,7 +128,8 @@ class Engine:
         Raises LayoutError for a layout that the fidelity cannot take.
         """
         self._alive()
-        forms = forms_of(fidelity, layout, smaller=self.config.lossless)
+        smaller = self.config.lossless and launch.available("numba")  # else copying is far faster
+        forms = forms_of(fidelity, layout, smaller=smaller)
         identity = Identity(
             format_version=FORMAT_VERSION,
             tenant=DEFAULT,

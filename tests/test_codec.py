@@ -11,7 +11,7 @@ import rig
 from kvengine import Engine, Layout, LayoutError
 from kvengine.codec import Forms, Lossless, Quantised, Raw, forms_of
 from kvengine.frame import frame_bytes
-from kvengine.kernels import copy, quant
+from kvengine.kernels import copy, launch, quant
 
 POOL = 9
 # The largest mean square error of normal values over theirs: what 8 and 4 bits can do.
@@ -308,6 +308,22 @@ def test_engines_with_and_without_it_read_each_other(tmp_path):
         assert rig.check_right(engine, held(engine, 2), two).all()
         assert rig.check_right(engine, held(engine, 1), one).all()
         assert engine.stats()["corrupt_blocks"] == 0
+
+
+def test_without_numba_blocks_are_kept_as_they_are(engine, monkeypatch):
+    """Plain numpy codes at a hundredth of memcpy: it reads what others have coded, no more."""
+    of = LAYOUTS["bf16"]
+    keys = rig.names(engine, of).keys(rig.prompt(4, of))
+    source = normal(of, 4)
+    assert rig.save(engine, keys, source).good.all()
+    monkeypatch.setattr(launch, "native", lambda: None)
+    monkeypatch.setattr(launch, "available", lambda package: package != "numba")
+    assert rig.check_right(engine, keys, source).all()
+    names = rig.names(engine, of, salt="plain")
+    assert [type(form.codec) for form in engine._store.forms(names)] == [Raw, Lossless]
+    other = names.keys(rig.prompt(4, of))
+    assert rig.save(engine, other, source).good.all()
+    assert rig.check_right(engine, other, source).all()
 
 
 @pytest.mark.parametrize(
