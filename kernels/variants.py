@@ -4,12 +4,13 @@ A kernel module lists its own as `VARIANTS`; a new module is one line here. Impo
 so it is imported on use only.
 """
 
-from kvengine.kernels import device, lossless_device, swap_device, xxh3_device
+from kvengine.kernels import blake3_device, device, lossless_device, swap_device, xxh3_device
 from kvengine.kernels.build import TARGETS, Built, Variant, compile, faults
 
 __all__ = ["TARGETS", "VARIANTS", "Built", "Variant", "compile", "faults"]
 
 VARIANTS: tuple[Variant, ...] = (
+    *blake3_device.VARIANTS,
     *device.VARIANTS,
     *lossless_device.VARIANTS,
     *swap_device.VARIANTS,
