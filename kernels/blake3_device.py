@@ -7,19 +7,16 @@ keys as `kvengine.keys`: `leaf = BLAKE3(tokens)`, `key = BLAKE3_keyed(root, pare
 in parallel, chains of several prompts beside each other.
 
 Algorithm: the BLAKE3 specification (hash and keyed_hash modes). Imports triton, so it is imported
-on use only. On a host, `hash_messages_reference` and `block_keys_reference` are the fast path: the
-package's own vector code.
+on use only. The reference, and the fast path of a host, are the functions of the same names in
+`digest.py`.
 """
 
-import ctypes
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import triton
 import triton.language as tl
-from blake3 import blake3
 
 from kvengine.kernels.build import Variant
 from kvengine.kernels.copy import Int64s, expect
@@ -382,41 +379,6 @@ def block_keys(
     leaves = on.empty((blocks, 8), np.uint32)
     hash_messages(addresses[:, None], WORD * block_tokens, nbytes, leaves, on)
     key_chain(leaves, counts, root, out, on, parents)
-
-
-def hash_messages_reference(
-    segments: Int64s, segment_bytes: int, nbytes: Int64s, key: bytes | None = None
-) -> npt.NDArray[np.uint32]:
-    """Return what `hash_messages` writes, by the package."""
-    found = []
-    for row, size in zip(segments.tolist(), nbytes.tolist(), strict=True):
-        hasher = blake3(key=key) if key is not None else blake3()
-        for s, address in enumerate(row):
-            count = min(segment_bytes, size - s * segment_bytes)
-            if count > 0:
-                data = (ctypes.c_uint8 * count).from_address(address)
-                hasher.update(memoryview(data).cast("B"))
-        found.append(hasher.digest())
-    return np.frombuffer(b"".join(found), "<u4").reshape(-1, 8)
-
-
-def block_keys_reference(
-    tokens: npt.NDArray[np.uint32],
-    block_tokens: int,
-    counts: Sequence[int],
-    root: bytes,
-    parents: Sequence[bytes] | None = None,
-) -> npt.NDArray[np.uint32]:
-    """Return what `block_keys` writes, by the package."""
-    blocks = tokens.reshape(-1, block_tokens)
-    keys, at = [], 0
-    for number, count in enumerate(counts):
-        parent = bytes(KEY_BYTES) if parents is None else parents[number]
-        for block in blocks[at : at + count]:
-            parent = blake3(parent + blake3(block.tobytes()).digest(), key=root).digest()
-            keys.append(parent)
-        at += count
-    return np.frombuffer(b"".join(keys), "<u4").reshape(-1, 8)
 
 
 def _key(on: Launcher, key: bytes | None) -> tuple[Any, int]:

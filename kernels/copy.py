@@ -7,6 +7,7 @@ segments, so that several threads share one Moves. Three ways give the same byte
 device, `device.py` has the raw copy. Called by the engine's transfers.
 """
 
+import ctypes
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -166,6 +167,27 @@ def scatter(
         verdicts,
         _streams(moves, blocks, segments),
     )
+
+
+def copy_spans(sources: Int64s, targets: Int64s, nbytes: Int64s) -> None:
+    """Copy nbytes[i] bytes from address sources[i] to targets[i], span by span.
+
+    sources, targets, nbytes: int64[n]; spans do not overlap. By the C library, without the
+    interpreter's lock; `swap_device.py` does the same on a device.
+    """
+    expect_spans(sources, targets, nbytes)
+    for source, target, size in zip(
+        sources.tolist(), targets.tolist(), nbytes.tolist(), strict=True
+    ):
+        ctypes.memmove(target, source, size)
+
+
+def expect_spans(sources: Int64s, targets: Int64s, nbytes: Int64s) -> None:
+    """Raise ValueError unless the three tables fit each other."""
+    for name, table in (("sources", sources), ("targets", targets), ("nbytes", nbytes)):
+        expect(name, table, np.int64, (len(nbytes),))
+    if len(nbytes) and int(nbytes.min()) < 0:
+        raise ValueError(f"a span of {int(nbytes.min())} bytes, expected 0 or more")
 
 
 def gather_reference(

@@ -1,20 +1,24 @@
-"""xxh3-128 of spans of memory: the digest that a frame keeps for each segment.
+"""xxh3-128 of spans of memory, the digest that a frame keeps for each segment, and BLAKE3.
 
 A digest is two 64-bit words, (low, high) of the 128-bit value: seed 0 and the default secret, equal
 to `xxhash.xxh3_128` for every length. Called where bytes are verified without being moved;
 `kvengine.kernels.copy` digests what it moves. Source: the xxHash specification
-(doc/xxhash_spec.md, Cyan4973/xxHash).
+(doc/xxhash_spec.md, Cyan4973/xxHash). BLAKE3 is the `blake3` package's, whose own vector code is
+the fast path of a host; `blake3_device.py` does the same on a device.
 """
 
 import ctypes
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from blake3 import blake3
 
 from kvengine.kernels.launch import choose
 
 WORD = (1 << 64) - 1
+KEY_BYTES = 32
 
 
 def digest(address: int, nbytes: int) -> tuple[int, int]:
@@ -48,6 +52,52 @@ def digest_spans(
         short = np.flatnonzero(nbytes <= compiled.SHORT_NBYTES)
     for i in short.tolist():
         out[i] = digest(int(addresses[i]), int(nbytes[i]))
+
+
+def hash_messages(
+    segments: npt.NDArray[np.int64],
+    segment_bytes: int,
+    nbytes: npt.NDArray[np.int64],
+    key: bytes | None = None,
+) -> npt.NDArray[np.uint32]:
+    """Return the BLAKE3 of each of M messages, uint32[M, 8]: 32 bytes each.
+
+    segments: int64[M, S], the addresses of a message's segments, each of `segment_bytes` but for
+    the last one that it has bytes in. nbytes: int64[M]. key: 32 bytes for the keyed hash.
+    """
+    found = []
+    for row, size in zip(segments.tolist(), nbytes.tolist(), strict=True):
+        hasher = blake3(key=key) if key is not None else blake3()
+        for s, address in enumerate(row):
+            count = min(segment_bytes, size - s * segment_bytes)
+            if count > 0:
+                hasher.update(memoryview(_bytes_at(address, count)).cast("B"))
+        found.append(hasher.digest())
+    return np.frombuffer(b"".join(found), "<u4").reshape(-1, 8)
+
+
+def block_keys(
+    tokens: npt.NDArray[np.uint32],
+    block_tokens: int,
+    counts: Sequence[int],
+    root: bytes,
+    parents: Sequence[bytes] | None = None,
+) -> npt.NDArray[np.uint32]:
+    """Return the keys of the blocks of several prompts, uint32[blocks, 8].
+
+    tokens: `block_tokens` for each block, prompt after prompt, `counts` blocks each. A key is the
+    keyed BLAKE3 of the key before it and the BLAKE3 of the block's tokens. root: 32 bytes. parents:
+    for each prompt the key before its first block; 32 zero bytes where there is none.
+    """
+    blocks = tokens.reshape(-1, block_tokens)
+    keys, at = [], 0
+    for number, count in enumerate(counts):
+        parent = bytes(KEY_BYTES) if parents is None else parents[number]
+        for block in blocks[at : at + count]:
+            parent = blake3(parent + blake3(block.tobytes()).digest(), key=root).digest()
+            keys.append(parent)
+        at += count
+    return np.frombuffer(b"".join(keys), "<u4").reshape(-1, 8)
 
 
 def _bytes_at(address: int, nbytes: int) -> ctypes.Array[ctypes.c_uint8]:

@@ -3,7 +3,8 @@
 For many small pages (4 to 24 KiB), where a copy engine spends its time on descriptors, and for
 pinned host memory, which a program reads and writes at the link's speed while it occupies a few of
 the many multiprocessors. Spans are cut into tiles on the host; each program takes every n-th one.
-Imports triton, so it is imported on use only. On a host alone, `copy_spans` is the fast path.
+Imports triton, so it is imported on use only. On a host alone,
+`copy.copy_spans` is the fast path.
 """
 
 import ctypes
@@ -14,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kvengine.kernels.build import Variant
-from kvengine.kernels.copy import Int64s, expect
+from kvengine.kernels.copy import Int64s, expect_spans
 from kvengine.kernels.launch import Launcher, launcher
 
 # 12 programs x 128 threads x 8 loads of 16 bytes are 196 KiB in flight: a link of 55 GB/s with a
@@ -89,14 +90,6 @@ def words_of(align: int) -> int:
     return TILE_BYTES // 4 if align > 4 else NARROW_WORDS
 
 
-def expect_spans(sources: Int64s, targets: Int64s, nbytes: Int64s) -> None:
-    """Raise ValueError unless the three tables fit each other."""
-    for name, table in (("sources", sources), ("targets", targets), ("nbytes", nbytes)):
-        expect(name, table, np.int64, (len(nbytes),))
-    if len(nbytes) and int(nbytes.min()) < 0:
-        raise ValueError(f"a span of {int(nbytes.min())} bytes, expected 0 or more")
-
-
 def cut(sources: Int64s, targets: Int64s, nbytes: Int64s, tile_bytes: int) -> Int64s:
     """Cut spans into tiles of at most `tile_bytes`: int64[tiles, 3], (source, target, nbytes)."""
     tiles = -(-nbytes // tile_bytes)
@@ -105,15 +98,6 @@ def cut(sources: Int64s, targets: Int64s, nbytes: Int64s, tile_bytes: int) -> In
     at = (np.arange(len(span)) - first[span]) * tile_bytes
     size = np.minimum(nbytes[span] - at, tile_bytes)
     return np.stack([sources[span] + at, targets[span] + at, size], axis=1)
-
-
-def copy_spans(sources: Int64s, targets: Int64s, nbytes: Int64s) -> None:
-    """Do what `swap` does between two places of the host, span by span, by the C library."""
-    expect_spans(sources, targets, nbytes)
-    for source, target, size in zip(
-        sources.tolist(), targets.tolist(), nbytes.tolist(), strict=True
-    ):
-        ctypes.memmove(target, source, size)
 
 
 def swap_reference(sources: Int64s, targets: Int64s, nbytes: Int64s) -> None:

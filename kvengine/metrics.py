@@ -49,6 +49,8 @@ TABLE = (
     Series("kvengine_fetched_blocks_total", "counter", ("tier",), "Blocks read from a tier"),
     Series("kvengine_dropped_blocks_total", "counter", (), "Blocks dropped by command"),
     Series("kvengine_expired_total", "counter", ("kind",), "Leases and reservations past deadline"),
+    Series("kvengine_pinned_bytes", "gauge", (), "Bytes of memory that a GPU reaches by itself"),
+    Series("kvengine_pin_failures_total", "counter", (), "Times that memory could not be pinned"),
     Series("kvengine_adapter_errors_total", "counter", ("adapter",), "Errors turned into a miss"),
 )
 

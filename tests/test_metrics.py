@@ -22,6 +22,8 @@ FROZEN = {
     "kvengine_fetched_blocks_total": ("counter", ("tier",)),
     "kvengine_dropped_blocks_total": ("counter", ()),
     "kvengine_expired_total": ("counter", ("kind",)),
+    "kvengine_pinned_bytes": ("gauge", ()),
+    "kvengine_pin_failures_total": ("counter", ()),
     "kvengine_adapter_errors_total": ("counter", ("adapter",)),
 }
 

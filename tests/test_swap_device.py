@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import gpu
+from kvengine.kernels import copy
 
 POISON = 0xA5
 CASES = {  # nbytes of the spans; bytes by which they miss an alignment of 64
@@ -30,7 +31,7 @@ def test_spans_are_copied_on_the_host(require: Callable[[str], ModuleType]) -> N
     require("triton")
     swap = require("kvengine.kernels.swap_device")
     for sizes, lead in CASES.values():
-        for verb in (swap.copy_spans, swap.swap_reference):
+        for verb in (copy.copy_spans, swap.swap_reference):
             check(verb, sizes, lead)
 
 
@@ -39,7 +40,7 @@ def test_tables_that_do_not_fit_are_named(require: Callable[[str], ModuleType]) 
     require("triton")
     swap = require("kvengine.kernels.swap_device")
     two, three = np.zeros(2, np.int64), np.zeros(3, np.int64)
-    for verb in (swap.copy_spans, lambda *tables: swap.swap(*tables, "cpu")):
+    for verb in (copy.copy_spans, lambda *tables: swap.swap(*tables, "cpu")):
         with pytest.raises(ValueError, match="^sources is int64"):
             verb(two, three, three)
         with pytest.raises(ValueError, match="^targets is int32"):
