@@ -27,10 +27,11 @@ from rich.table import Table as Shown
 from bench.runner import Row, Spread, interleave, share, spread
 from bench.runner import show as show_rows
 from kvengine.kernels import build, copy, digest, launch, lossless
-from kvengine.kernels.copy import Moves
+from kvengine.kernels.copy import Int64s, Moves
+from kvengine.kernels.relayout import Form, relayout, relayout_reference
 from kvengine.kernels.rows import Rows
 
-MIB = 1 << 20
+MIB, KIB = 1 << 20, 1 << 10
 PARTS = ("cpu", "compile", "gpu")
 FRAME_ALIGN = 4096
 POISON = 0xA5
@@ -80,6 +81,9 @@ SHAPES = (
 HEADLINE = SHAPES[0]
 
 
+Hash = Callable[[Int64s, Int64s], tuple[float, npt.NDArray[Any]]]
+
+
 class Place(Protocol):
     """Memory and the operations on it, of a host core or of a GPU; slabs are arrays of bytes.
 
@@ -105,6 +109,14 @@ class Place(Protocol):
         digests: npt.NDArray[np.uint64],
         verdicts: npt.NDArray[np.uint8],
     ) -> Any: ...
+    def save(self, moves: Moves, digests: npt.NDArray[np.uint64]) -> float: ...
+    def verify(
+        self, moves: Moves, digests: npt.NDArray[np.uint64], verdicts: npt.NDArray[np.uint8]
+    ) -> float: ...
+    def digest(self, addresses: Int64s, nbytes: Int64s) -> tuple[float, npt.NDArray[Any]]: ...
+    def hash(self, addresses: Int64s, nbytes: Int64s) -> tuple[float, npt.NDArray[Any]]: ...
+    def swap(self, sources: Int64s, targets: Int64s, nbytes: Int64s) -> None: ...
+    def pinned(self, nbytes: int) -> Any: ...
     def timed(self, function: Callable[[], object]) -> float: ...
     def equal(self, one: Any, other: Any) -> bool: ...
     def host(self, array: Any) -> npt.NDArray[np.uint8]: ...
@@ -155,6 +167,32 @@ class Host:
         getattr(coding, verb)(rows, *everything(rows), digests, verdicts)
         return verdicts
 
+    def save(self, moves: Moves, digests: npt.NDArray[np.uint64]) -> float:
+        return self.timed(lambda: copy.gather(moves, *everything(moves), digests))
+
+    def verify(
+        self, moves: Moves, digests: npt.NDArray[np.uint64], verdicts: npt.NDArray[np.uint8]
+    ) -> float:
+        return self.timed(lambda: copy.scatter(moves, *everything(moves), digests, verdicts))
+
+    def digest(self, addresses: Int64s, nbytes: Int64s) -> tuple[float, npt.NDArray[Any]]:
+        found = np.zeros((len(nbytes), 2), np.uint64)
+        return self.timed(lambda: digest.digest_spans(addresses, nbytes, found)), found
+
+    def hash(self, addresses: Int64s, nbytes: Int64s) -> tuple[float, npt.NDArray[Any]]:
+        found: list[npt.NDArray[Any]] = []
+        most = int(nbytes.max())
+        took = self.timed(
+            lambda: found.append(digest.hash_messages(addresses[:, None], most, nbytes))
+        )
+        return took, found[0]
+
+    def swap(self, sources: Int64s, targets: Int64s, nbytes: Int64s) -> None:
+        copy.copy_spans(sources, targets, nbytes)
+
+    def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        return self.slab(nbytes)
+
     def timed(self, function: Callable[[], object]) -> float:
         start = time.perf_counter()
         function()
@@ -177,7 +215,11 @@ class Device:
     ) -> None:
         self.torch = importlib.import_module("torch")
         self.kernels = importlib.import_module("kvengine.kernels.device")
+        self.xxh3 = importlib.import_module("kvengine.kernels.xxh3_device")
+        self.blake3 = importlib.import_module("kvengine.kernels.blake3_device")
+        self.swaps = importlib.import_module("kvengine.kernels.swap_device")
         self.device = device
+        self.on = launch.launcher(device)
         self.table_bytes, self.slab_bytes = table_bytes, slab_bytes
 
     def slab(self, nbytes: int) -> Any:
@@ -219,6 +261,42 @@ class Device:
         else:
             kernels.decode(rows, *everything(rows), self.device)
         return found
+
+    def save(self, moves: Moves, digests: npt.NDArray[np.uint64]) -> float:
+        found = self.on.table(digests)
+        took = self.timed(lambda: self.xxh3.gather(moves, *everything(moves), found, self.on))
+        digests[:] = self.on.read(found)
+        return took
+
+    def verify(
+        self, moves: Moves, digests: npt.NDArray[np.uint64], verdicts: npt.NDArray[np.uint8]
+    ) -> float:
+        wanted, found = self.on.table(digests), self.on.table(verdicts)
+        took = self.timed(
+            lambda: self.xxh3.scatter(moves, *everything(moves), wanted, found, self.on)
+        )
+        verdicts[:] = self.on.read(found)
+        return took
+
+    def digest(self, addresses: Int64s, nbytes: Int64s) -> tuple[float, npt.NDArray[Any]]:
+        found = self.on.empty((len(nbytes), 2), np.uint64)
+        took = self.timed(lambda: self.xxh3.digest_spans(addresses, nbytes, found, self.on))
+        return took, self.on.read(found)
+
+    def hash(self, addresses: Int64s, nbytes: Int64s) -> tuple[float, npt.NDArray[Any]]:
+        found, most = self.on.empty((len(nbytes), 8), np.uint32), int(nbytes.max())
+        took = self.timed(
+            lambda: self.blake3.hash_messages(addresses[:, None], most, nbytes, found, self.on)
+        )
+        return took, self.on.read(found)
+
+    def swap(self, sources: Int64s, targets: Int64s, nbytes: Int64s) -> None:
+        self.swaps.swap(sources, targets, nbytes, self.on)
+
+    def pinned(self, nbytes: int) -> Any:
+        pinned = self.device != "cpu"
+        slab = self.torch.empty(nbytes, dtype=self.torch.uint8, pin_memory=pinned)
+        return slab.fill_(POISON)
 
     def timed(self, function: Callable[[], object]) -> float:
         if self.device == "cpu":  # the interpreter
@@ -407,25 +485,121 @@ def raw(mover: Mover) -> Iterable[Operation]:
     yield Operation("scatter raw", mover.scatter, mover.scattered, COPIED)
 
 
+def digested(mover: Mover) -> Iterable[Operation]:
+    """Copy and digest, verify and copy: on a host `raw` does so already."""
+    if mover.place.name == "cpu":
+        return
+    place = mover.place
+    verdicts = np.zeros(mover.digests.shape[:2], np.uint8)
+
+    def gather() -> float:
+        mover.turn += 1
+        mover.saved = mover.draw(0)
+        return place.save(mover.moves(mover.saved), mover.digests)
+
+    def scatter() -> float:
+        mover.loaded, mover.turn_loaded = mover.draw(1), mover.turn
+        moves = mover.moves(mover.loaded)
+        addresses = moves.frames[:, None] + moves.segments[:, copy.OFFSET]
+        nbytes = np.tile(moves.segments[:, copy.NBYTES], mover.count)
+        found = place.digest(addresses.reshape(-1), nbytes)[1]
+        mover.digests[:] = found.reshape(mover.digests.shape)
+        verdicts[:] = 0
+        return place.verify(moves, mover.digests, verdicts)
+
+    def verified() -> bool:
+        return mover.scattered() and bool((verdicts == copy.GOOD).all())
+
+    yield Operation("gather digested", gather, mover.gathered, COPIED)
+    yield Operation("scatter verified", scatter, verified, COPIED)
+
+
 def checksum(mover: Mover) -> Iterable[Operation]:
     """Digest segments where they lie, without moving them: what verifies a block that is held."""
-    if mover.place.name != "cpu":
-        return
+    place = mover.place
     nbytes = np.full(mover.count * mover.shape.layers, mover.nbytes, np.int64)
     nbytes //= len(nbytes)
-    found = np.zeros((len(nbytes), 2), np.uint64)
-    addresses = np.zeros_like(nbytes)
-    base = mover.place.address(mover.slabs.cache)
+    size = int(nbytes[0])
 
-    def turn() -> float:
-        addresses[:] = base + mover.stretch() + np.arange(len(nbytes)) * nbytes
-        return mover.place.timed(lambda: digest.digest_spans(addresses, nbytes, found))
+    def turn(hash: Hash) -> tuple[int, float, npt.NDArray[Any]]:
+        start = mover.stretch()
+        addresses = place.address(mover.slabs.cache) + start + np.arange(len(nbytes)) * size
+        return start, *hash(addresses, nbytes)
 
-    def matches() -> bool:
-        pairs = zip(addresses.tolist(), nbytes.tolist(), strict=True)
-        return [digest.digest(*pair) for pair in pairs] == [tuple(each) for each in found.tolist()]
+    def matches(hash: Hash, reference: Callable[[Int64s], npt.NDArray[Any]]) -> bool:
+        start, _, found = turn(hash)
+        data = place.host(mover.slabs.cache[start : start + len(nbytes) * size])
+        return np.array_equal(reference(data.ctypes.data + np.arange(len(nbytes)) * size), found)
 
-    yield Operation("digest xxh3", turn, matches, BF16_BYTES)
+    def xxh3(addresses: Int64s) -> npt.NDArray[Any]:
+        return np.array([digest.digest(at, size) for at in addresses.tolist()], np.uint64)
+
+    def blake3(addresses: Int64s) -> npt.NDArray[Any]:
+        return digest.hash_messages(addresses[:, None], size, nbytes)
+
+    yield Operation(
+        "digest xxh3",
+        lambda: turn(place.digest)[1],
+        lambda: matches(place.digest, xxh3),
+        BF16_BYTES,
+    )
+    yield Operation(
+        "digest blake3",
+        lambda: turn(place.hash)[1],
+        lambda: matches(place.hash, blake3),
+        BF16_BYTES,
+    )
+
+
+def reshaped(mover: Mover) -> Iterable[Operation]:
+    """Turn frames from NHD to HND, split their heads over two ranks, and merge them again."""
+    shape, place = mover.shape, mover.place
+    if shape.heads == 1 or shape.slots:
+        return
+    rows = tuple(dim * BF16_BYTES for dim in shape.dims)
+    whole = Form("NHD", shape.layers, shape.tokens, shape.heads, rows)
+    turned = Form("HND", shape.layers, shape.tokens, shape.heads, rows)
+    half = Form("NHD", shape.layers, shape.tokens, shape.heads // 2, rows)
+    source, target = (place.address(slab) for slab in (mover.slabs.frames, mover.slabs.spare))
+    starts: dict[str, int] = {}
+
+    def moves(name: str, narrow: Form) -> Moves:
+        parts = shape.heads // narrow.heads
+        starts[name] = mover.stretch()
+        at = starts[name] + np.arange(mover.count) * shape.block_bytes
+        pieces = at[:, None] + np.arange(parts) * narrow.nbytes
+        return relayout(whole, narrow, source + at, target + pieces)
+
+    def turn(name: str, narrow: Form, verb: str) -> float:
+        described = moves(name, narrow)
+        digests = np.zeros((len(described.frames), shape.layers, 2), np.uint64)
+        if verb == "scatter":
+            place.gather(described, digests)
+            mover.slabs.frames[starts[name] : starts[name] + mover.nbytes] = POISON
+        return place.timed(lambda: getattr(place, verb)(described, digests))
+
+    def matches(name: str, narrow: Form, verb: str) -> bool:
+        turn(name, narrow, verb)  # other turns have written there since
+        start = starts[name]
+        count = min(2, mover.count)  # of the blocks: the reference is slow
+        wide, parts = (
+            place.host(slab[start : start + count * shape.block_bytes])
+            for slab in (mover.slabs.frames, mover.slabs.spare)
+        )
+        wanted = relayout_reference(whole, narrow, wide.reshape(count, -1))
+        return np.array_equal(wanted.reshape(-1), parts)
+
+    for name, narrow, verb in (
+        ("relayout raw", turned, "gather"),
+        ("split raw", half, "gather"),
+        ("merge raw", half, "scatter"),
+    ):
+        yield Operation(
+            name,
+            lambda name=name, narrow=narrow, verb=verb: turn(name, narrow, verb),
+            lambda name=name, narrow=narrow, verb=verb: matches(name, narrow, verb),
+            COPIED,
+        )
 
 
 @dataclass(frozen=True)
@@ -559,7 +733,13 @@ def coded(mover: Mover) -> Iterable[Operation]:
 
 # What is measured on a mover's bytes; an encoding gives nothing where its place or shape does not
 # fit.
-ENCODINGS: tuple[Callable[[Mover], Iterable[Operation]], ...] = (raw, checksum, coded)
+ENCODINGS: tuple[Callable[[Mover], Iterable[Operation]], ...] = (
+    raw,
+    digested,
+    checksum,
+    reshaped,
+    coded,
+)
 
 
 def measured(
@@ -583,6 +763,129 @@ def measured(
             speed = elements / spread(ours).p50
             points.append(Point(place.name, case, each.moved, speed, roof * COPIED))
         yield rows, points
+
+
+PAGES = (4 * KIB, 16 * KIB, 64 * KIB)
+
+
+def swaps(place: Place, pages: Sequence[int], rounds: int) -> tuple[list[Row], list[Point]]:
+    """Read scattered pages from host memory (pinned, where there is a GPU), against one large copy.
+
+    On a GPU the bound is the link to the host: what one copy of as many bytes from pinned memory
+    reaches.
+    """
+    nbytes = min(place.table_bytes, place.slab_bytes // 4)
+    random = np.random.default_rng(5)
+    source, target = place.pinned(2 * nbytes), place.slab(2 * nbytes)
+    words = random.integers(0, 1 << 16, nbytes // 2, dtype=np.uint16)
+    place.host(source)[:nbytes] = words.view(np.uint8)
+    place.host(source)[nbytes:] = words.view(np.uint8)[::-1]
+
+    def bulk() -> float:
+        return place.timed(lambda: place.copy(target[:nbytes], source[:nbytes]))
+
+    def turn(page: int) -> tuple[float, Int64s, Int64s]:
+        count = nbytes // page
+        these, those = (random.permutation(2 * count)[:count] for _ in range(2))
+        at = (place.address(source) + these * page, place.address(target) + those * page)
+        size = np.full(count, page, np.int64)
+        return place.timed(lambda: place.swap(*at, size)), these, those
+
+    def matches(page: int) -> bool:
+        target[:] = POISON
+        _, these, those = turn(page)
+        given, found = place.host(source), place.host(target)
+        wanted = np.full_like(found, POISON).reshape(-1, page)
+        wanted[those] = given.reshape(-1, page)[these]
+        return np.array_equal(wanted.reshape(-1), found)
+
+    turns: dict[str, Callable[[], float]] = {"bulk": bulk}
+    turns |= {str(page): lambda page=page: turn(page)[0] for page in pages}  # type: ignore[misc]
+    took = interleave(turns, rounds)
+    rows, points = [], []
+    roof = "memcpy" if place.name == "cpu" else "link"
+    for page in pages:
+        case = f"{place.name} swap pages {page / KIB:g} KiB"
+        ours = took[str(page)]
+        rows += speeds(case, roof, nbytes, took["bulk"], ours, matches(page))
+        if place.name == "cpu":
+            speed = nbytes / BF16_BYTES / spread(ours).p50
+            bulk_speed = nbytes / BF16_BYTES / spread(took["bulk"]).p50
+            points.append(Point(place.name, case, COPIED, speed, bulk_speed * COPIED))
+    return rows, points
+
+
+def pairs(places: Sequence[Place], shape: Shape, rounds: int) -> list[Row]:
+    """Save a table by one place and verify it by another, through frames that both reach.
+
+    Each place has a cache of its own; frames lie in the host's memory, pinned where there is a
+    GPU. Seconds are those of both steps; the bound is twice a copy of as many bytes by the host.
+    """
+    random = np.random.default_rng(6)
+    host = places[0]
+    count = max(1, min(place.table_bytes for place in places) // shape.block_bytes)
+    blocks = 4 * count
+    nbytes = count * shape.block_bytes
+    frames = places[-1].pinned(count * shape.block_bytes)
+    words = random.integers(0, 1 << 16, blocks * shape.block_bytes // 2, dtype=np.uint16)
+    caches = {place.name: place.slab(blocks * shape.block_bytes) for place in places}
+    for place in places:
+        place.fill(caches[place.name], words)
+    spare = host.slab(2 * nbytes)
+    good: dict[str, bool] = {}
+
+    def moves(place: Place, half: int) -> Moves:
+        each = len(shape.dims)
+        components = np.zeros((shape.pieces, copy.COLUMNS), np.int64)
+        base = place.address(caches[place.name])
+        components[:, copy.BASE] = base + np.arange(shape.pieces) * blocks * shape.piece_bytes
+        components[:, [copy.OUTER, copy.INNER]] = 1
+        components[:, copy.RUN] = shape.piece_bytes
+        components[:, copy.FRAME] = np.arange(shape.pieces) * shape.piece_bytes
+        layer, size = np.arange(shape.layers), each * shape.piece_bytes
+        columns = (layer * each, layer * 0 + each, layer * size, layer * 0 + size)
+        chosen = half * (blocks // 2) + random.permutation(blocks // 2)[:count]
+        starts = places[-1].address(frames) + np.arange(count) * shape.block_bytes
+        offsets = (chosen * shape.piece_bytes).reshape(1, count, 1)
+        return Moves(components, offsets, np.stack(columns, axis=1), starts)
+
+    def turn(saver: Place, verifier: Place) -> float:
+        digests = np.zeros((count, shape.layers, 2), np.uint64)
+        verdicts = np.zeros(digests.shape[:2], np.uint8)
+        took = saver.save(moves(saver, 0), digests)
+        took += verifier.verify(moves(verifier, 1), digests, verdicts)
+        right = bool((verdicts == copy.GOOD).all())
+        wanted = np.zeros_like(digests)
+        described = moves(host, 0)
+        addresses = (described.frames[:, None] + described.segments[:, copy.OFFSET]).reshape(-1)
+        sizes = np.tile(described.segments[:, copy.NBYTES], count)
+        digest.digest_spans(addresses, sizes, wanted.reshape(-1, 2))
+        name = f"{saver.name} {verifier.name}"
+        good[name] = good.get(name, True) and right and np.array_equal(wanted, digests)
+        return took
+
+    def bulk() -> float:
+        return host.timed(
+            lambda: [
+                host.copy(spare[half * nbytes : (half + 1) * nbytes], host.host(frames))
+                for half in range(2)
+            ]
+        )
+
+    turns: dict[str, Callable[[], float]] = {"bulk": bulk}
+    for saver in places:
+        for verifier in places:
+            name = f"{saver.name} {verifier.name}"
+            turns[name] = lambda saver=saver, verifier=verifier: turn(  # type: ignore[misc]
+                saver, verifier
+            )
+    took = interleave(turns, rounds)
+    rows = []
+    for name in [name for name in turns if name != "bulk"]:
+        saver_name, verifier_name = name.split()
+        case = f"saved by {saver_name}, verified by {verifier_name}"
+        rows += speeds(case, "memcpy", 2 * nbytes, took["bulk"], took[name], good[name])
+    return rows
 
 
 def speeds(
@@ -688,6 +991,11 @@ def run(options: argparse.Namespace) -> list[Row]:
         for found, drawn in measured(place, SHAPES, options.rounds):
             rows += found
             points += drawn
+        found, drawn = swaps(place, PAGES, options.rounds)
+        rows += found
+        points += drawn
+    if places:
+        rows += pairs(places, HEADLINE, options.rounds)
     if "compile" in options.parts:
         if launch.available("triton") and launch.available("torch"):
             rows += compiled()
@@ -741,14 +1049,15 @@ def cell(found: Mapping[str, float] | None) -> str:
 def draw(points: Sequence[Point], path: Path) -> None:
     """Draw a roofline for each place: elements a second over elements a byte moved.
 
-    The line is what the bare copy of the same run allows; a point is an operation.
+    The line is what the bare copy of the same run allows; a point is an operation on a shape. Kinds
+    that move as many bytes stand beside each other, around their tick.
     """
     matplotlib = importlib.import_module("matplotlib")
     matplotlib.use("svg")
     pyplot = importlib.import_module("matplotlib.pyplot")
     places = list(dict.fromkeys(point.place for point in points)) or ["nothing measured"]
     figure, panels = pyplot.subplots(
-        1, len(places), figsize=(8 * len(places), 6), squeeze=False, layout="constrained"
+        1, len(places), figsize=(9 * len(places), 6), squeeze=False, layout="constrained"
     )
     for place, panel in zip(places, panels[0], strict=True):
         mine = [point for point in points if point.place == place]
@@ -765,10 +1074,13 @@ def draw(points: Sequence[Point], path: Path) -> None:
         low, high = (edge(1 / point.moved for point in mine) for edge in (min, max))
         line = np.array([low / 2, high * 2])
         panel.plot(line, line * top / 1e9, color="black", label=f"copy roof {top / 1e9:.1f} GB/s")
-        for kind in dict.fromkeys(kind_of(point) for point in mine):
+        kinds = {kind_of(point): point.moved for point in mine}
+        for kind, moved in kinds.items():
             chosen = [point for point in mine if kind_of(point) == kind]
+            beside = [each for each in kinds if kinds[each] == moved]  # a column for each of them
+            shift = 1.03 ** (beside.index(kind) - (len(beside) - 1) / 2)
             panel.scatter(
-                [1 / point.moved for point in chosen],
+                [shift / point.moved for point in chosen],
                 [point.speed / 1e9 for point in chosen],
                 label=kind,
                 alpha=0.7,
@@ -777,7 +1089,7 @@ def draw(points: Sequence[Point], path: Path) -> None:
         panel.set_xticks([1 / moved for moved in ticks], [f"1/{moved:.3g}" for moved in ticks])
         panel.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         panel.grid(True, which="both", alpha=0.3)
-        panel.legend()
+        panel.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.savefig(path, format="svg", metadata={"Date": None})
     pyplot.close(figure)
 

@@ -169,13 +169,20 @@ def scatter(
     )
 
 
-def copy_spans(sources: Int64s, targets: Int64s, nbytes: Int64s) -> None:
+def copy_spans(
+    sources: Int64s, targets: Int64s, nbytes: Int64s, *, native: bool | None = None
+) -> None:
     """Copy nbytes[i] bytes from address sources[i] to targets[i], span by span.
 
-    sources, targets, nbytes: int64[n]; spans do not overlap. By the C library, without the
-    interpreter's lock; `swap_device.py` does the same on a device.
+    sources, targets, nbytes: int64[n]; spans do not overlap. Without the interpreter's lock, with
+    numba for the whole call; `swap_device.py` does the same on a device. Raises ValueError for
+    tables that do not fit and for sizes below 0.
     """
     expect_spans(sources, targets, nbytes)
+    compiled = choose(native)
+    if compiled is not None:
+        compiled.copy_spans(sources, targets, nbytes)
+        return
     for source, target, size in zip(
         sources.tolist(), targets.tolist(), nbytes.tolist(), strict=True
     ):

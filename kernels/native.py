@@ -464,3 +464,10 @@ def digest(addresses: Any, nbytes: Any, out: Any) -> None:
             low, high = _finish(acc, nbytes[i])
             out[i, 0] = low
             out[i, 1] = high
+
+
+@_compiled(types.void(_table(types.int64, 1), _table(types.int64, 1), _table(types.int64, 1)))
+def copy_spans(sources: Any, targets: Any, nbytes: Any) -> None:
+    """Copy spans of memory, one after the other: see `copy.copy_spans`."""
+    for i in range(len(nbytes)):
+        _copy(sources[i], targets[i], nbytes[i])

@@ -3,6 +3,7 @@
 Run as a program it does the device's part.
 """
 
+import functools
 from collections.abc import Callable
 from types import ModuleType
 
@@ -30,8 +31,9 @@ def test_spans_are_copied_on_the_host(require: Callable[[str], ModuleType]) -> N
     require("torch")
     require("triton")
     swap = require("kvengine.kernels.swap_device")
+    plain = functools.partial(copy.copy_spans, native=False)
     for sizes, lead in CASES.values():
-        for verb in (copy.copy_spans, swap.swap_reference):
+        for verb in (copy.copy_spans, plain, swap.swap_reference):
             check(verb, sizes, lead)
 
 
