@@ -52,7 +52,7 @@ def _rotr(x, n: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _mix(a, b, c, d, x, y):  # type: ignore[no-untyped-def]
+def _mix(a, b, c, d, x, y):
     a = a + b + x
     d = _rotr(d ^ a, 16)
     c = c + d
@@ -65,7 +65,7 @@ def _mix(a, b, c, d, x, y):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _compress(h, m, counter, length, flags):  # type: ignore[no-untyped-def]
+def _compress(h, m, counter, length, flags):
     """Compress lane by lane: h, 8 words, and m, 16 words, give the 8 words of a value."""
     zero = counter & 0
     v0, v1, v2, v3, v4, v5, v6, v7 = h
@@ -82,8 +82,8 @@ def _compress(h, m, counter, length, flags):  # type: ignore[no-untyped-def]
         v3, v4, v9, v14 = _mix(v3, v4, v9, v14, m[14], m[15])
         low = (m[2], m[6], m[3], m[10], m[7], m[0], m[4], m[13])
         m = low + (m[1], m[11], m[12], m[5], m[9], m[14], m[15], m[8])
-    low = (v0 ^ v8, v1 ^ v9, v2 ^ v10, v3 ^ v11)
-    return low + (v4 ^ v12, v5 ^ v13, v6 ^ v14, v7 ^ v15)
+    first = (v0 ^ v8, v1 ^ v9, v2 ^ v10, v3 ^ v11)
+    return first + (v4 ^ v12, v5 ^ v13, v6 ^ v14, v7 ^ v15)
 
 
 @triton.jit
@@ -108,7 +108,7 @@ def _words(tile, N: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _begin(key_ptr, zero):  # type: ignore[no-untyped-def]
+def _begin(key_ptr, zero):
     """Give the value that a chunk or a parent begins with: the key, or the IV."""
     h = ()
     for i in tl.static_range(8):
@@ -303,16 +303,15 @@ def hash_messages(
     table = on.table(segments)
     grid = (triton.cdiv(messages * chunks, LANES),)
     if _whole(segments, segment_bytes, nbytes):
-        counts = (messages, segments.shape[1], max(1, segment_bytes // CHUNK), chunks, flags)
-        arguments = (table, words, values, *counts)
-        on.run(whole_chunks_kernel, grid, arguments, {"LANES": LANES}, 1)
+        whole = (messages, segments.shape[1], max(1, segment_bytes // CHUNK), chunks, flags)
+        on.run(whole_chunks_kernel, grid, (table, words, values, *whole), {"LANES": LANES}, 1)
     else:
         blocks = max(1, -(-min(longest, CHUNK) // BLOCK))
         counts = (messages, segments.shape[1], segment_bytes, chunks, blocks, flags)
         arguments = (table, sizes, words, values, *counts)
         on.run(chunks_kernel, grid, arguments, {"LANES": LANES}, 1)
-    arguments = (values, sizes, words, out, chunks, flags)
-    on.run(fold_chunks_kernel, (messages,), arguments, {"LANES": FOLD_LANES})
+    last = (values, sizes, words, out, chunks, flags)
+    on.run(fold_chunks_kernel, (messages,), last, {"LANES": FOLD_LANES})
 
 
 def key_chain(
