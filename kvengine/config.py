@@ -482,6 +482,11 @@ def parse_url(text: str) -> Config:
     return Config.load(text, environ={})[0]
 
 
+def child_environment(**defaults: str) -> dict[str, str]:
+    """Return the environment for a child process: `defaults`, and this one's over them."""
+    return {**defaults, **os.environ}
+
+
 def cache_home(environ: Mapping[str, str] = os.environ) -> Path:
     """Return the user's folder for what can be made again: $XDG_CACHE_HOME, else ~/.cache."""
     given = environ.get("XDG_CACHE_HOME", "")

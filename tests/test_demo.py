@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from kvengine import cli, demo, errors
-from kvengine.config import cache_home
+from kvengine.config import cache_home, child_environment
 from kvengine.demo import model as models
 from kvengine.demo import text
 
@@ -228,6 +228,12 @@ def test_the_logbook_is_long_and_always_the_same() -> None:
     assert text.logbook() == text.logbook()
     assert len(text.logbook().split()) > 800
     assert len(set(text.continuations())) >= 4
+
+
+def test_child_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVENGINE_THREADS", "3")
+    found = child_environment(KVENGINE_THREADS="5", KVENGINE_LEASE_S="1")
+    assert (found["KVENGINE_THREADS"], found["KVENGINE_LEASE_S"]) == ("3", "1")
 
 
 def test_cache_home(tmp_path: Path) -> None:
