@@ -251,7 +251,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "valkey.timeout_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
         "valkey.connections": Setting(_threads, "a number of connections from 1 to 256"),
         "objects.url": Setting(
-            _place_of_objects, "s3://bucket/prefix, gs://bucket/prefix or az://account/container"
+            _place_of_objects, "s3://bucket/prefix, gs://bucket/prefix or az://container/prefix"
         ),
         "objects.endpoint": Setting(_endpoint, "an address such as https://host:9000, or nothing"),
         "objects.region": Setting(_text, "the name of a region, or nothing"),
@@ -354,9 +354,10 @@ class Valkey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 class Objects(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """A bucket of S3 (or what speaks as S3 does), Google Cloud Storage or Azure.
 
-    `url` is s3://bucket/prefix, gs://bucket/prefix or az://account/container. Where no key is
+    `url` is s3://bucket/prefix, gs://bucket/prefix or az://container/prefix. Where no key is
     given, credentials are found as the cloud's own tools do: variables, profiles, the machine's
-    role. `timeout_s`: how long one request may take.
+    role. Of Azure, `key_id` is the account's name; Google's are found only so. `timeout_s`: how
+    long one request may take.
     """
 
     url: str

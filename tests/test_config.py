@@ -92,7 +92,7 @@ def test_url_says_remote_tiers():
     config = parse_url(url)
     assert config.disk == Disk(path="/kv") and config.valkey.cluster
     assert config.objects == Objects(url="s3://b/some/prefix", endpoint="http://h:9", region="r")
-    for url in ("gs://bucket/prefix", "az://account/container"):
+    for url in ("gs://bucket/prefix", "az://container/prefix"):
         assert Config.load(url, options=secret, environ={})[0].objects == Objects(url=url)
 
 

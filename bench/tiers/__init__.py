@@ -9,7 +9,7 @@ import importlib
 
 from bench.runner import Row
 
-NAMES = ("disk",)
+NAMES = ("disk", "valkey", "s3")
 
 
 def chosen(text: str) -> list[str]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 ASK_THREADS = 16
 CLOSE_S = 10.0
 PROBED = "kvengine"  # asked for to see whether the store answers; need not be there
+CREDENTIALS = MappingProxyType(
+    {"s3": ("access_key_id", "secret_access_key"), "az": ("account_name", "account_key")}
+)
 NO_BUCKET = ("NoSuchBucket", "ContainerNotFound")
 # What a server says of credentials that it does not take.
 REFUSED = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken")
@@ -54,8 +58,14 @@ class ObjectsClient:
             ) from error
         options = {"endpoint": config.endpoint, "region": config.region}
         if config.key_id or config.secret_key:
-            options["access_key_id"] = config.key_id
-            options["secret_access_key"] = (config.secret_key or b"").decode()
+            if self.name not in CREDENTIALS:
+                raise ConfigError(
+                    f"{config.url} takes no key: set GOOGLE_APPLICATION_CREDENTIALS, and leave "
+                    "objects.key_id and objects.secret_key out"
+                )
+            names = CREDENTIALS[self.name]
+            options[names[0]] = config.key_id
+            options[names[1]] = (config.secret_key or b"").decode()
         limit = timedelta(seconds=config.timeout_s)
         try:
             self._store: ObjectStore | None = make(

@@ -51,10 +51,16 @@ class Exchange:
         self._start = self._end = 0
 
     def send(self, pieces: Iterable[Piece]) -> None:
-        """Send pieces in order."""
+        """Send pieces in order; the small ones before a value's memory together."""
+        small: list[bytes] = []
         for piece in pieces:
-            self._sock.settimeout(self._left())
-            self._sock.sendall(piece)
+            if isinstance(piece, bytes):
+                small.append(piece)
+                continue
+            self._send(b"".join(small))
+            self._send(piece)
+            small = []
+        self._send(b"".join(small))
 
     def value(self, target: memoryview) -> int | ReplyError:
         """Read a value into the target: its size, 0 for none. One of another size is let by.
@@ -109,6 +115,11 @@ class Exchange:
         if left <= 0:
             raise TimeoutError("the time is over")
         return left
+
+    def _send(self, data: Piece) -> None:
+        if len(data):
+            self._sock.settimeout(self._left())
+            self._sock.sendall(data)
 
     def _receive(self, target: memoryview) -> int:
         self._sock.settimeout(self._left())
