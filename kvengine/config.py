@@ -238,6 +238,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         ),
         "lease_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
         "find_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
+        "fetch_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
         "reservation_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
         "valkey.host": Setting(_host, "the name or address of a host"),
         "valkey.port": Setting(_port, "a port from 1 to 65535"),
@@ -277,6 +278,7 @@ QUERIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "lease_s": "lease_s",
             "reservation_s": "reservation_s",
             "find_s": "find_s",
+            "fetch_s": "fetch_s",
             "policy": "policy",
         },
         "file": {
@@ -380,7 +382,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `lossless` saves bf16 blocks in three quarters of their size where numba is installed, which
     takes longer than copying them; either way what is saved is loaded bit for bit, by engines set
     either way.
-    `find_s` is how long a look-up may wait for the answer of remote tiers.
+    `find_s` is how long a look-up may wait for the answer of remote tiers, `fetch_s` how long a
+    load may wait for what it reads from tiers.
     `secret` keys the block keys: two engines share blocks only where it is the same; it may be
     given as hex or as the path of a file, and is never printed.
     Raises ConfigError, naming what was given, what was expected and what to do.
@@ -397,6 +400,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     lease_s: float = 60.0
     reservation_s: float = 60.0
     find_s: float = 0.1
+    fetch_s: float = 60.0
     policy: Literal["lru"] = "lru"
 
     def __post_init__(self) -> None:

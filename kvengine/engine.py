@@ -24,6 +24,7 @@ from kvengine.codec import EXACT, forms_of
 from kvengine.compiled import Int32s
 from kvengine.config import Config
 from kvengine.errors import ClosedError, LayoutError
+from kvengine.fetches import Fetches
 from kvengine.kernels import launch
 from kvengine.keys import FORMAT_VERSION, BlockKeys, Identity, Namespace
 from kvengine.layout import Layout
@@ -31,6 +32,7 @@ from kvengine.lease import Bools, Lease
 from kvengine.load import Load
 from kvengine.metrics import Metrics
 from kvengine.policy.lru import LRU
+from kvengine.prefetch import prefetch
 from kvengine.save import Save
 from kvengine.store import Store, exercise
 from kvengine.tenants import DEFAULT, Tenants
@@ -44,6 +46,7 @@ from kvengine.transfer import Transfer, Transfers
 from kvengine.writer import Writer
 
 CLOSE_S = 30.0
+FETCH_SHARE = 4  # a quarter of memory is lent to reads from tiers at a time
 
 
 class Engine:
@@ -82,6 +85,7 @@ class Engine:
         self._writers = [
             Writer(self._store, tier, number) for number, tier in enumerate(self._tiers)
         ]
+        self._fetches = Fetches(arena.nbytes // FETCH_SHARE, time.monotonic)
         self._finder = Finder(self._tiers, time.monotonic, config.find_s)
         self._ready = threading.Event()
         self._populating = threading.Thread(
@@ -228,12 +232,15 @@ class Engine:
         block_table: object = None,
         slot_mapping: object = None,
         first: int = 0,
+        timeout_s: float | None = None,
     ) -> Transfer:
         """Begin to fill the caller's cache with leased blocks; return at once.
 
         block_table: int[k], where blocks first..first+k of the lease go; or slot_mapping:
         int[k * block_tokens]. Only blocks that the Transfer calls good hold verified bytes; the
-        others are to be recomputed. Raises LayoutError for arrays or tables that do not fit.
+        others are to be recomputed. What a tier has not given after `timeout_s` (if None, the
+        setting fetch_s) is not good. Blocks of the lease that follow are read ahead. Raises
+        LayoutError for arrays or tables that do not fit.
         """
         layout = lease.keys.namespace.layout
         cache = self._cache(layout, caches, writable=True)
@@ -249,9 +256,23 @@ class Engine:
         if not len(ids):
             return self._refuse(transfer)
         keys = lease.keys[first : first + count]
-        parts = (self._store, self._transfers, self._tiers)
+        deadline = time.monotonic() + (self.config.fetch_s if timeout_s is None else timeout_s)
+        parts = (self._store, self._transfers, self._tiers, self._fetches, deadline)
         Load(*parts, transfer, keys, ids, numbers, cache, table, mapping).start(slots)
+        if first + count < lease.blocks:
+            self.prefetch(lease, first + count)
         return transfer
+
+    def prefetch(self, lease: Lease, first: int = 0) -> int:
+        """Begin to read leased blocks from tiers into memory, from `first` on, ahead of a load.
+
+        A bounded number, where memory has room for them. Returns how many.
+        """
+        if not self._tiers or self._gone(lease.keys) or not 0 <= first < lease.blocks:
+            return 0
+        pinned = self._store.pin(lease, first, lease.blocks - first)
+        deadline = time.monotonic() + self.config.fetch_s
+        return prefetch(self._store, self._tiers, self._fetches, deadline, pinned)
 
     # Keeping house
 
@@ -334,6 +355,7 @@ class Engine:
         self._store.wait_clean(CLOSE_S)
         for writer in self._writers:
             writer.stop()
+        self._fetches.close()
         for tier in self._tiers:
             tier.close()
 
@@ -346,6 +368,7 @@ class Engine:
         self._store.detach()
         self._transfers.detach()
         self._finder.detach()
+        self._fetches.detach()
         for tier in self._tiers:
             tier.detach()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,13 +13,14 @@ from numpy.typing import NDArray
 from kvengine.arena import Slots
 from kvengine.cache import PagedCache
 from kvengine.compiled import Int32s
+from kvengine.fetches import Alarm, Fetches
 from kvengine.index import NO_SLOT
 from kvengine.kernels.copy import BAD, GOOD
 from kvengine.keys import BlockKeys
 from kvengine.lease import Bools
 from kvengine.policy import NO_PARENT
 from kvengine.store import EMPTY, Form, Store
-from kvengine.tiers import DEADLINE_S, Span, Tier
+from kvengine.tiers import Span, Tier
 from kvengine.transfer import Job, Transfer, Transfers
 
 FETCH_BYTES = 16 << 20
@@ -31,13 +31,23 @@ class Part:
     """Rows of a load's table that are moved together: those in memory, or a window of a tier.
 
     `tier` is where they are read from, -1 for nowhere, None for memory. Slots of a tier's window
-    are lent by the store until the part is over; while `reading`, the tier may write to them.
+    are lent by the store until the part is over; while `reading`, the tier may write to them. A
+    window has `claimed` its blocks and `lent` bytes of the fetches' share; `joined`: it waits for
+    blocks that others fetch. A `late` one is over for its load, which has its `early` rows, but
+    keeps its slots until the tier has reported.
     """
 
     rows: NDArray[np.intp]
     tier: int | None
     slots: Slots = field(default_factory=EMPTY.copy)
+    claimed: Int32s = field(default_factory=EMPTY.copy)
+    lent: int = 0
+    arrived: Bools = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    early: Bools = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
+    alarm: Alarm | None = None
+    joined: bool = False
     reading: bool = False
+    late: bool = False
     over: bool = False
 
 
@@ -49,6 +59,8 @@ class Load:
         store: Store,
         transfers: Transfers,
         tiers: Sequence[Tier],
+        fetches: Fetches,
+        deadline: float,
         transfer: Transfer,
         keys: BlockKeys,
         ids: Int32s,
@@ -60,6 +72,8 @@ class Load:
         self._store = store
         self._transfers = transfers
         self._tiers = tiers
+        self._fetches = fetches
+        self._deadline = deadline
         self._forms = tuple(store.forms(keys.namespace))
         self._transfer = transfer
         self._keys = keys
@@ -92,18 +106,9 @@ class Load:
         here = np.flatnonzero(slots != NO_SLOT)
         parts = [Part(here, None, slots[here])]
         if len(here) < len(slots):
-            homes = np.where(slots == NO_SLOT, self._store.homes(self._ids), len(self._tiers))
-            for tier in range(-1, len(self._tiers)):
-                parts += [Part(rows, tier) for rows in self._windows(np.flatnonzero(homes == tier))]
+            found = windows(self._store, self._ids, slots, self._numbers)
+            parts += [Part(rows, tier) for rows, tier in found]
         return parts
-
-    def _windows(self, rows: NDArray[np.intp]) -> Iterator[NDArray[np.intp]]:
-        """Cut rows into windows of one form each."""
-        numbers = self._numbers[rows]
-        for number in dict.fromkeys(numbers.tolist()):
-            mine = rows[numbers == number]
-            step = max(1, FETCH_BYTES // self._store.frame_bytes(number))
-            yield from (mine[at : at + step] for at in range(0, len(mine), step))
 
     def _step(self, part: Part, work: Callable[[], None]) -> None:
         """Do a part's next piece. Should it fail, the part is over, and none of it good.
@@ -122,61 +127,174 @@ class Load:
         try:
             self._good[part.rows] = good
             if part.tier is not None and len(part.rows) and not part.reading:
-                before = part.rows[0] - 1
-                parent = int(self._ids[before]) if before >= 0 else NO_PARENT
-                self._store.fetched(self._ids[part.rows], part.slots, good, parent, part.tier)
+                self._give_back(part, part.rows, part.slots, good)
         finally:
-            with self._lock:
-                self._left -= 1
-                last = self._left == 0
-            if last:
-                self._store.unpin(self._ids)
-                nbytes = int(self._good.sum()) * self._keys.namespace.layout.payload_bytes
-                self._transfer.finish(self._good, nbytes)
+            try:
+                self._let_go(part)
+            finally:
+                self._part_done()
+
+    def _give_back(self, part: Part, rows: NDArray[np.intp], slots: Slots, keep: Bools) -> None:
+        before = rows[0] - 1
+        parent = int(self._ids[before]) if before >= 0 else NO_PARENT
+        assert part.tier is not None
+        self._store.fetched(self._ids[rows], slots, keep, parent, part.tier)
+
+    def _let_go(self, part: Part) -> None:
+        """Let others fetch what a part has claimed, or find it in memory."""
+        if part.alarm is not None:
+            part.alarm.cancel()
+        claimed, part.claimed = part.claimed, EMPTY
+        lent, part.lent = part.lent, 0
+        if len(claimed):
+            self._fetches.free(claimed)
+        if lent:
+            self._fetches.end(lent)
+
+    def _part_done(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._store.unpin(self._ids)
+            nbytes = int(self._good.sum()) * self._keys.namespace.layout.payload_bytes
+            self._transfer.finish(self._good, nbytes)
+
+    def _none(self, part: Part) -> None:
+        """End a part of which nothing came."""
+        self._transfer.arrived(part.rows, self._layers)
+        self._over(part, np.zeros(len(part.rows), dtype=np.bool_))
 
     def _fetch(self, part: Part) -> None:
-        """Read blocks of a tier into slots, then scatter them. Tier -1: dropped meanwhile."""
+        """Read blocks of a tier into slots, when it is their turn, then scatter them.
+
+        Those that others are reading are waited for. Tier -1: dropped meanwhile.
+        """
         rows = part.rows
         part.rows = rows[:0]  # until there are slots for them
-        slots, spans = self._store.take_slots(self._ids[rows if part.tier != -1 else rows[:0]])
+        if part.tier == -1:
+            self._none(part)
+            return
+        mine = self._fetches.claim(self._ids[rows])
+        part.claimed = self._ids[rows[mine]]
+        if not mine.all():
+            self._join(rows[~mine])
+        if not mine.any():
+            self._none(part)
+            return
+        part.alarm = self._fetches.alarm(self._deadline, partial(self._too_late, part))
+        nbytes = len(part.claimed) * self._store.frame_bytes(int(self._numbers[rows[0]]))
+
+        def turn(in_time: bool) -> None:
+            part.lent = nbytes if in_time else 0
+            self._step(part, partial(self._turn if in_time else self._none_of, part, rows[mine]))
+
+        self._fetches.begin(nbytes, self._deadline, turn)
+
+    def _none_of(self, part: Part, rows: NDArray[np.intp]) -> None:
+        self._none(part)
+
+    def _turn(self, part: Part, rows: NDArray[np.intp]) -> None:
+        slots, spans = self._store.take_slots(self._ids[rows])
         part.rows, part.slots = rows[: len(slots)], slots
         if not len(slots):
-            self._transfer.arrived(part.rows, self._layers)
-            self._over(part, np.zeros(0, dtype=np.bool_))
+            self._none(part)
             return
-        arrived = np.zeros(len(slots), dtype=np.bool_)
-        self._read(part, np.arange(len(slots)), spans, arrived)
+        part.arrived = np.zeros(len(slots), dtype=np.bool_)
+        self._read(part, np.arange(len(slots)), spans)
 
-    def _read(
-        self, part: Part, which: NDArray[np.intp], spans: Sequence[Span], arrived: Bools
-    ) -> None:
+    def _read(self, part: Part, which: NDArray[np.intp], spans: Sequence[Span]) -> None:
         """Read some of a window's spans; what fails here is read from the next tier that has it."""
         assert part.tier is not None
         tier, waiting = part.tier, [len(which)]
 
         def report(index: int, good: bool) -> None:
             with self._lock:
-                arrived[which[index]] = good
+                part.arrived[which[index]] = good
                 waiting[0] -= 1
                 last = waiting[0] == 0
-            if last and not part.over:
-                part.reading = False
+                late = part.late
+                if last:
+                    part.reading = False
+            if last and late:
+                self._ended(part)
+            elif last and not part.over:
                 self._step(part, over)
 
         def over() -> None:
-            failed = np.flatnonzero(~arrived)
+            failed = np.flatnonzero(~part.arrived)
             homes = self._store.homes(self._ids[part.rows[failed]], tier)
-            if (homes >= 0).any():
+            if (homes >= 0).any() and not part.over:
                 part.tier = int(homes[homes >= 0].min())
-                self._read(part, failed[homes >= 0], spans, arrived)
+                self._read(part, failed[homes >= 0], spans)
                 return
-            work = partial(self._step, part, partial(self._arrived, part, arrived))
+            work = partial(self._step, part, partial(self._arrived, part, part.arrived))
             if not self._transfers.submit(work):
-                self._arrived(part, np.zeros(len(arrived), dtype=np.bool_))
+                self._arrived(part, np.zeros(len(part.arrived), dtype=np.bool_))
 
         chosen = [spans[index] for index in which.tolist()]
         part.reading = True
-        self._tiers[tier].read(chosen, time.monotonic() + DEADLINE_S, report)
+        self._tiers[tier].read(chosen, self._deadline, report)
+
+    def _too_late(self, part: Part) -> None:
+        """The deadline has come: what is there is loaded, what is not stays the tier's to write."""
+        with self._lock:
+            if part.over or not (part.reading or part.joined):
+                return  # it is being scattered, or its turn has not come, which is told elsewhere
+            joined = part.joined
+            if part.reading:
+                part.over = part.late = True
+                part.early = part.arrived.copy()
+        if joined:
+            self._none(part)
+            return
+        late = part.rows[~part.early]
+        self._store.repin(self._ids[late])
+        first = Part(part.rows[part.early], part.tier, part.slots[part.early])
+        if len(first.rows):
+            self._step(first, partial(self._arrived, first, np.ones(len(first.rows), dtype=bool)))
+        else:
+            self._transfer.arrived(part.rows, self._layers)
+            self._part_done()
+
+    def _ended(self, part: Part) -> None:
+        """A late window's reads are over: its slots go to their entries, or back."""
+        rest = np.flatnonzero(~part.early)
+        ids = self._ids[part.rows[rest]]
+        try:
+            if len(rest):
+                self._give_back(part, part.rows[rest], part.slots[rest], part.arrived[rest])
+        finally:
+            self._let_go(part)
+            self._store.unpin(ids)
+
+    def _join(self, rows: NDArray[np.intp]) -> None:
+        """Wait for blocks that others fetch, then scatter them from memory."""
+        part = Part(rows, None, joined=True)
+        with self._lock:
+            self._left += 1
+        self._transfer.expect([((0, len(rows)), self._layers)])
+        part.alarm = self._fetches.alarm(self._deadline, partial(self._too_late, part))
+
+        def ready() -> None:
+            if not self._transfers.submit(partial(self._step, part, partial(self._joined, part))):
+                self._none(part)
+
+        self._fetches.join(self._ids[rows], ready)
+
+    def _joined(self, part: Part) -> None:
+        with self._lock:
+            if part.over:
+                return
+            part.joined = False
+        slots = self._store.slots(self._ids[part.rows])
+        there = slots != NO_SLOT
+        part.rows, part.slots = part.rows[there], slots[there]
+        if not there.any():
+            self._none(part)
+            return
+        self._scatter(part)
+        self._transfer.arrived(part.rows, self._layers)
 
     def _arrived(self, part: Part, arrived: Bools) -> None:
         """Scatter a window whose reads are over; then its slots go to their entries."""
@@ -249,3 +367,18 @@ class Load:
                 ended()
 
         return Job(table, digests, rows, done, self._cache)
+
+
+def windows(
+    store: Store, ids: Int32s, slots: Slots, numbers: Int32s
+) -> Iterator[tuple[NDArray[np.intp], int]]:
+    """Cut what is not in memory into windows of one tier (-1: none has it) and one form each."""
+    homes = store.homes(ids)
+    away = slots == NO_SLOT
+    for tier in np.unique(homes[away]).tolist():
+        rows = np.flatnonzero(away & (homes == tier))
+        for number in dict.fromkeys(numbers[rows].tolist()):
+            mine = rows[numbers[rows] == number]
+            step = max(1, FETCH_BYTES // store.frame_bytes(number))
+            for at in range(0, len(mine), step):
+                yield mine[at : at + step], tier

@@ -227,6 +227,17 @@ class Store:
             rows = self._index.rows[ids]
             return ids, rows[:, SLOT], rows[:, NAMESPACE]
 
+    def repin(self, ids: Int32s) -> None:
+        """Hold pinned blocks once more."""
+        with self._lock:
+            self._index.lease(ids)
+
+    def slots(self, ids: Int32s) -> Slots:
+        """Return where pinned blocks lie now, NO_SLOT for those that are not in memory."""
+        with self._lock:
+            slots: Slots = self._index.rows[ids, SLOT]
+            return slots
+
     def unpin(self, ids: Int32s) -> None:
         """Give back what `pin` held."""
         with self._lock:

@@ -241,6 +241,7 @@ def test_every_setting_can_come_from_the_environment():
         "KVENGINE_LEASE_S": "1.5",
         "KVENGINE_RESERVATION_S": "2",
         "KVENGINE_FIND_S": "0.5",
+        "KVENGINE_FETCH_S": "3",
         "KVENGINE_POLICY": "lru",
         "KVENGINE_VALKEY_HOST": "h",
         "KVENGINE_VALKEY_PORT": "7000",
@@ -274,6 +275,7 @@ def test_every_setting_can_come_from_the_environment():
         lease_s=1.5,
         reservation_s=2.0,
         find_s=0.5,
+        fetch_s=3.0,
         valkey=Valkey(
             host="h",
             port=7000,

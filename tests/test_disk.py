@@ -511,7 +511,7 @@ def test_a_truncated_segment(golden, length, early):
             keys = keys_of(engine)
             whole = max(0, (length - Geometry.fitting(STRIDE, 8 << 20).slots_at) // STRIDE)
             good = check_survives(engine, keys, SOURCE)
-            assert good.tolist() == [True] * whole + [False] * (BLOCKS - whole)
+            assert good.sum() == whole  # two threads write: slots need not be in order
         with open_at(path) as engine:
             assert rig.check_right(engine, keys_of(engine), SOURCE).all()
 
