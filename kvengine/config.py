@@ -231,6 +231,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "disk.segment_bytes": Setting(_segment, "a size of at least 64K, such as 256M, or 0"),
         "disk.durable": Setting(_flag, "1, 0, true or false"),
         "lossless": Setting(_flag, "1, 0, true or false"),
+        "pin": Setting(_flag, "1, 0, true or false"),
         "threads": Setting(_threads, "a number of threads from 1 to 256"),
         "io_threads": Setting(_threads, "a number of threads from 1 to 256"),
         "secret": Setting(
@@ -273,6 +274,7 @@ QUERIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
         "mem": {
             "size": "memory_bytes",
             "lossless": "lossless",
+            "pin": "pin",
             "threads": "threads",
             "io_threads": "io_threads",
             "lease_s": "lease_s",
@@ -382,6 +384,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     `lossless` saves bf16 blocks in three quarters of their size where numba is installed, which
     takes longer than copying them; either way what is saved is loaded bit for bit, by engines set
     either way.
+    `pin` registers the memory with the driver of this process's GPU, in the background, so that
+    copies between them need no staging; where that fails it is counted, and memory works as it is.
     `find_s` is how long a look-up may wait for the answer of remote tiers, `fetch_s` how long a
     load may wait for what it reads from tiers.
     `secret` keys the block keys: two engines share blocks only where it is the same; it may be
@@ -394,6 +398,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     valkey: Valkey | None = None
     objects: Objects | None = None
     lossless: bool = True
+    pin: bool = False
     threads: int = 2
     io_threads: int = 2
     secret: Secret | None = None

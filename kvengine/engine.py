@@ -31,6 +31,7 @@ from kvengine.layout import Layout
 from kvengine.lease import Bools, Lease
 from kvengine.load import Load
 from kvengine.metrics import Metrics
+from kvengine.pin import Pin
 from kvengine.policy.lru import LRU
 from kvengine.prefetch import prefetch
 from kvengine.save import Save
@@ -87,6 +88,7 @@ class Engine:
         ]
         self._fetches = Fetches(arena.nbytes // FETCH_SHARE, time.monotonic)
         self._finder = Finder(self._tiers, time.monotonic, config.find_s)
+        self._pin: Pin | None = None
         self._ready = threading.Event()
         self._populating = threading.Thread(
             target=self._prepare, name="kvengine-prepare", daemon=True
@@ -358,6 +360,8 @@ class Engine:
         self._fetches.close()
         for tier in self._tiers:
             tier.close()
+        if self._pin is not None:
+            self._pin.close(CLOSE_S)
 
     def detach(self) -> None:
         """After a fork, in the child: let go of files and locks; every verb misses from now on."""
@@ -369,6 +373,8 @@ class Engine:
         self._transfers.detach()
         self._finder.detach()
         self._fetches.detach()
+        if self._pin is not None:
+            self._pin.detach()
         for tier in self._tiers:
             tier.detach()
 
@@ -420,6 +426,8 @@ class Engine:
         finally:
             self._ready.set()
         self._store.arena.populate()
+        if self.config.pin and not self._closed:
+            self._pin = Pin(self._store.arena, self.metrics)
 
     def _settle(self) -> None:
         """Before a fork: let kernels be loaded first, for at most CLOSE_S.

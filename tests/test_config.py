@@ -231,6 +231,7 @@ def test_every_setting_can_come_from_the_environment():
     environ = {
         "KVENGINE_MEMORY_BYTES": "2G",
         "KVENGINE_LOSSLESS": "0",
+        "KVENGINE_PIN": "1",
         "KVENGINE_DISK_PATH": "/kv",
         "KVENGINE_DISK_SIZE_BYTES": "3G",
         "KVENGINE_DISK_SEGMENT_BYTES": "1G",
@@ -268,6 +269,7 @@ def test_every_setting_can_come_from_the_environment():
     assert config == Config(
         memory_bytes=2 * G,
         lossless=False,
+        pin=True,
         disk=Disk(path="/kv", size_bytes=3 * G, segment_bytes=G, durable=True),
         threads=1,
         io_threads=3,

@@ -44,7 +44,7 @@ LAYERS = (
         "tiers.resp",
     ),
     ("cache", "index", "lease", "tiers", "peer.messages", "kernels.*_device"),
-    ("codec", "kernels.variants", "fetches", "tiers.segments", "tiers.remote"),
+    ("codec", "pin", "kernels.variants", "fetches", "tiers.segments", "tiers.remote"),
     ("tiers.*", "transfer", "peer.node", "peer.wire", "peer.membership"),
     ("store", "peer.tier", "peer.client"),
     ("trace", "plan", "load", "save", "writer"),
