@@ -291,3 +291,60 @@ def test_a_tier_that_is_away_costs_hits_only(monkeypatch, remote):
         engine.squeeze(0)
         assert engine.probe(keys) == 0
         engine.check()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_engines_in_many_threads_over_shared_tiers(monkeypatch, seed):
+    """Save, load, drop, evict, lose at random: what is called good is right, the books balance."""
+    held: dict[bytes, bytes] = {}
+    sources = {number: rig.caches(OF, BLOCKS, 40 + number) for number in range(4)}
+    errors: list[BaseException] = []
+
+    def work(engine: Engine, tier: DictTier, number: int) -> None:
+        draw = np.random.default_rng([seed, number])
+        try:
+            for _ in range(40):
+                which = int(draw.integers(4))
+                first = int(draw.integers(BLOCKS))
+                keys = keys_of(engine, 40 + which)[first:]
+                source = [tuple(a[first:] for a in layer) for layer in sources[which]]
+                deed = draw.integers(10)
+                if deed < 4:
+                    rig.save(engine, keys, source)
+                elif deed < 7:
+                    rig.check_right(engine, keys, source)
+                elif deed == 7:
+                    engine.squeeze(0)
+                elif deed == 8:
+                    with engine.match(keys):
+                        engine.drop(keys[: int(draw.integers(len(keys)) + 1)])
+                else:
+                    tier.away = not tier.away
+                    for key in list(held)[: int(draw.integers(4))]:
+                        held.pop(key, None)
+        except BaseException as error:  # told below
+            errors.append(error)
+
+    near, far, other = DictTier("near", remote=False), DictTier("far"), DictTier("far")
+    far.held = other.held = held
+    with open_over(monkeypatch, near, far) as one, open_over(monkeypatch, other) as two:
+        threads = [
+            threading.Thread(target=work, args=(*pair, number))
+            for number, pair in enumerate([(one, far), (two, other)] * 3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert errors == []
+        for engine, tier in ((one, far), (two, other)):
+            tier.away = False
+            assert engine.flush(rig.WAIT_S)
+            engine.check()
+            for number, source in sources.items():
+                keys = keys_of(engine, 40 + number)
+                rig.save(engine, keys, source)
+                assert rig.check_right(engine, keys, source).all()
+            assert engine.flush(rig.WAIT_S)
+            engine.check()
+            assert engine.stats()["leases"] == engine.stats()["reservations"] == 0

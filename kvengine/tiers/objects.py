@@ -139,6 +139,8 @@ class ObjectsClient:
                     raise ConnectionError("the store is closed")
             for _ in window:
                 if not left.acquire(timeout=max(0.0, until - self._clock())):
+                    if max(sizes) < 0:
+                        raise TimeoutError("no answer in time")
                     return list(sizes)
             if failures:
                 raise failures[0]

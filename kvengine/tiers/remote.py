@@ -63,7 +63,10 @@ class Client(Protocol):
         ...
 
     def sizes(self, names: Sequence[str], until: float) -> list[int]:
-        """Return the size of each value, 0 for none, -1 where no answer came. Never connects."""
+        """Return the size of each value, 0 for none, -1 where no answer came. Never connects.
+
+        Raises OSError where there was no answer at all.
+        """
         ...
 
     def delete(self, names: Sequence[str], until: float) -> None:

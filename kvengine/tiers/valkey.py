@@ -130,7 +130,7 @@ class ValkeyClient:
         sizes = [-1] * len(keys)
         routed = self._routed(keys)
         if not self._asking_lock.acquire(timeout=max(0.0, until - self._clock())):
-            return sizes
+            raise TimeoutError("others are still asking")
         try:
             under_way: list[tuple[Address, Exchange]] = []
             try:
@@ -171,22 +171,23 @@ class ValkeyClient:
         addresses = {address for _, _, address in self._ranges} or {self._first}
         for address in addresses:
             with self._asking_lock:
-                known = self._asking.get(address)
-                try:
-                    connection = known or self._connect(address, until)
-                    exchange = self._exchange(connection, until)
-                    exchange.send([command(b"PING")])
-                    reply = exchange.reply()
-                    if isinstance(reply, ReplyError):
-                        refused = str(reply).startswith(REFUSED)
-                        raise (PermissionError if refused else ConnectionError)(str(reply))
-                    self._asking[address] = connection
-                except OSError:
-                    if known is not None:
-                        self._asking.pop(address).disconnect()
-                    raise
-                if self._closed:
-                    self._asking.pop(address).disconnect()
+                connection = self._asking.pop(address, None)
+            # Not under the lock: whoever asks meanwhile is told at once that none is there.
+            connection = connection or self._connect(address, until)
+            try:
+                exchange = self._exchange(connection, until)
+                exchange.send([command(b"PING")])
+                reply = exchange.reply()
+                if isinstance(reply, ReplyError):
+                    refused = str(reply).startswith(REFUSED)
+                    raise (PermissionError if refused else ConnectionError)(str(reply))
+            except OSError:
+                connection.disconnect()
+                raise
+            with self._asking_lock:
+                kept = not self._closed and self._asking.setdefault(address, connection)
+            if kept is not connection:
+                connection.disconnect()
 
     def close(self) -> None:
         """See Client."""
