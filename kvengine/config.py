@@ -8,7 +8,6 @@ from. A URL is a short way to say the same settings, the fastest tier first:
     mem://?size=4G | s3://bucket/prefix?region=eu-west-1
 """
 
-import difflib
 import math
 import os
 import re
@@ -17,12 +16,13 @@ from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NamedTuple, NoReturn, Self
-from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
+from typing import Literal, NamedTuple, Self
+from urllib.parse import urlsplit
 
 import msgspec
 
 from kvengine.errors import ConfigError
+from kvengine.url import OBJECTS, read_url, unknown
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 UNITS = MappingProxyType({"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40})
@@ -33,9 +33,6 @@ SEGMENT_BYTES = 256 * MIB
 SEGMENT_BYTES_MIN = 64 * KIB
 SECRET_BYTES = 32
 PREFIX = "KVENGINE_"
-OBJECTS = ("s3", "gs", "az")
-TIERS = ("disk", "valkey", "objects")  # the fastest first
-EXAMPLE = "'mem://?size=4G | file:///var/cache/kv?size=100G'"
 # Variables that are read by the tests of this project, not by the engine.
 FOREIGN = frozenset({"KVENGINE_REQUIRE_ALL"})
 
@@ -452,7 +449,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for origin, settings in _sources(url, file, options or {}, environ):
             for name, value in settings.items():
                 if name not in SETTINGS:
-                    _unknown(f"setting {name!r} ({origin})", name, SETTINGS)
+                    unknown(f"setting {name!r} ({origin})", name, SETTINGS)
                 given[name] = _read(name, value, origin)
                 origins[name] = origin
         sections: dict[str, object] = {}
@@ -515,15 +512,15 @@ def _sources(
     if config is not None:
         yield f"file {config}", _file(Path(config))
     if found := variables.pop(PREFIX + "URL", None):
-        yield "env KVENGINE_URL", _url(found)
+        yield "env KVENGINE_URL", read_url(found, QUERIES)
     for name, variable in ENVIRONMENT_OF.items():
         if variable in variables:
             yield f"env {variable}", {name: variables.pop(variable)}
     for variable in variables.keys() - FOREIGN:
         known = [*ENVIRONMENT_OF.values(), PREFIX + "URL", PREFIX + "CONFIG"]
-        _unknown(f"environment variable {variable}", variable, known)
+        unknown(f"environment variable {variable}", variable, known)
     if url is not None:
-        yield "url", _url(url)
+        yield "url", read_url(url, QUERIES)
     yield "option", {name: value for name, value in options.items() if value is not None}
 
 
@@ -544,90 +541,6 @@ def _file(path: Path) -> dict[str, object]:
     return flat
 
 
-def _url(text: str) -> dict[str, object]:
-    settings: dict[str, object] = {}
-    seen: list[str] = []
-    for part in map(str.strip, text.split("|")):
-        shown = _without_password(part)
-        if "://" not in part:
-            raise ConfigError(f"URL {shown!r} has no scheme; expected {EXAMPLE}")
-        try:
-            url = urlsplit(part)
-            query = parse_qsl(url.query, keep_blank_values=True, strict_parsing=bool(url.query))
-        except ValueError:
-            raise ConfigError(f"URL {shown!r} cannot be read; expected {EXAMPLE}") from None
-        scheme = url.scheme
-        if scheme not in QUERIES:
-            _unknown(f"URL scheme {part.partition('://')[0]!r}", scheme, QUERIES)
-        section = _section(scheme)
-        order = ("mem", *TIERS)
-        if seen and order.index(section) <= order.index(seen[-1]):
-            raise ConfigError(
-                f"URL {_without_password(text)!r}: mem:// stands first, then file://, valkey:// "
-                f"and s3:// (gs://, az://), each tier once, as in {EXAMPLE}"
-            )
-        seen.append(section)
-        settings |= _place(section, url, shown)
-        for key, value in query:
-            if key not in QUERIES[scheme]:
-                _unknown(f"key {key!r} of {scheme}:// in the URL", key, QUERIES[scheme])
-            if QUERIES[scheme][key] in settings:
-                raise ConfigError(f"URL {shown!r} gives {key} twice: leave one out")
-            settings[QUERIES[scheme][key]] = value
-        if url.fragment:
-            raise ConfigError(f"URL {shown!r} has a '#': write it as %23")
-    return settings
-
-
-def _section(scheme: str) -> str:
-    if scheme in OBJECTS:
-        return "objects"
-    return {"mem": "mem", "file": "disk"}.get(scheme, "valkey")
-
-
-def _without_password(text: str) -> str:
-    """Show a URL without what may be a password: errors are logged."""
-    return re.sub(r"(://[^/?|@]*:)[^|]*@", r"\1***@", text)
-
-
-def _place(section: str, url: SplitResult, shown: str) -> dict[str, object]:
-    """Read what stands between scheme and query."""
-    netloc, path = url.netloc, url.path
-    if section == "mem":
-        if netloc or path not in ("", "/"):
-            raise ConfigError(f"URL {shown!r}: memory has no place; expected mem://?size=4G")
-        return {}
-    if section == "disk":
-        if netloc or path in ("", "/"):
-            raise ConfigError(
-                f"URL {shown!r} names no directory; expected an absolute path after three slashes: "
-                "file:///var/cache/kv"
-            )
-        return {"disk.path": unquote(path)}
-    if section == "objects":
-        if not netloc or "@" in netloc:
-            raise ConfigError(
-                f"URL {shown!r} names no bucket; expected {url.scheme}://bucket/prefix, and the "
-                "key in variables"
-            )
-        return {"objects.url": f"{url.scheme}://{netloc}{unquote(path)}"}
-    try:
-        host, port = url.hostname, url.port
-    except ValueError:
-        host = port = None
-    if not host or "," in netloc:
-        raise ConfigError(f"URL {shown!r} names no server; expected valkey://host:6379")
-    found = {
-        "valkey.host": host,
-        "valkey.port": port,
-        "valkey.db": path.strip("/") or None,
-        "valkey.user": unquote(url.username or "") or None,
-        "valkey.password": unquote(url.password or "") or None,
-        "valkey.tls": True if url.scheme in ("valkeys", "rediss") else None,
-    }
-    return {name: value for name, value in found.items() if value is not None}
-
-
 def _read(name: str, value: object, origin: str) -> object:
     setting = SETTINGS[name]
     try:
@@ -645,10 +558,3 @@ def _check(struct: Disk | Valkey | Objects | Config, prefix: str) -> None:
         if (name := prefix + field) in SETTINGS:
             value = _read(name, getattr(struct, field), type(struct).__name__)
             msgspec.structs.force_setattr(struct, field, value)
-
-
-def _unknown(what: str, name: str, known: Iterable[str]) -> NoReturn:
-    known = list(known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"unknown {what}: {hint}known are {', '.join(known)}")

@@ -26,7 +26,7 @@ HEAVY = ("torch", "triton", "jax", "jaxlib", "numba", "llvmlite", "transformers"
 # itself, what `import kvengine` gives. A row may name modules that are still to come.
 LAYERS = (
     ("errors", "compiled", "workers", "kernels.native", "kernels.build", "kernels.driver"),
-    ("metrics", "policy", "layout", "adapters.array", "kernels.launch", "kernels.memory"),
+    ("metrics", "policy", "layout", "url", "adapters.array", "kernels.launch", "kernels.memory"),
     ("policy.*", "keys", "arena", "kernels.digest"),
     ("kernels.copy", "peer.ring"),
     ("kernels.rows",),
