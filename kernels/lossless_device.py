@@ -36,7 +36,9 @@ _TOKEN, _TOKENS = tl.constexpr(TOKEN), tl.constexpr(TOKENS)
 _CHANNEL, _CHANNELS = tl.constexpr(CHANNEL), tl.constexpr(CHANNELS)
 _AT, _SIZE = tl.constexpr(AT), tl.constexpr(SIZE)
 
-WARPS = 8  # 32 elements a thread: twice as many take all registers
+# 64 elements a thread take 33 instructions each for sm_90, 32 take 45; the decoder needs too many
+# registers for that, and gains little.
+ENCODE_WARPS, DECODE_WARPS = 4, 8
 
 _OVERFULL = tl.constexpr(OVERFULL)
 _LOST = tl.constexpr(-(1 << 63))  # as in device.py: the offset of an id that is out of range
@@ -80,8 +82,8 @@ def _cache(  # type: ignore[no-untyped-def]  # triton reads annotations as its o
 def _frame(  # type: ignore[no-untyped-def]  # triton reads annotations as its own
     frames_ptr, job, n, GROUPS: tl.constexpr, TOKENS: tl.constexpr, ALIGN: tl.constexpr
 ):
-    HALF: tl.constexpr = ALIGN // 2 if ALIGN > 1 else 1
     """Where the tile's planes begin, the place of each group of codes, and the escapes' room."""
+    HALF: tl.constexpr = ALIGN // 2 if ALIGN > 1 else 1
     address = tl.load(frames_ptr + n) + tl.load(job + _AT)
     groups = tl.multiple_of(tl.load(job + _CHANNELS).to(tl.int32) // 8, HALF)
     count = tl.load(job + _TOKENS).to(tl.int32) * groups
@@ -96,13 +98,29 @@ def _frame(  # type: ignore[no-untyped-def]  # triton reads annotations as its o
 
 
 @triton.jit
-def _places(escape, GROUPS: tl.constexpr, TOKENS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Number the escapes: where those of each pair begin, and how many there are of all."""
-    number = ((escape & 1) + (escape >> 16)).to(tl.int32)
-    of_group = tl.sum(number, 2)
-    flat = of_group.reshape(TOKENS * GROUPS)
-    before = (tl.cumsum(flat, 0) - flat).reshape(TOKENS, GROUPS)
-    return before[:, :, None] + tl.cumsum(number, 2) - number, tl.sum(flat, 0)
+def _four(pairs, TOKENS: tl.constexpr, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Take [TOKENS, GROUPS, 4] apart, by the last axis: a thread has all four."""
+    even, odd = pairs.reshape(TOKENS, GROUPS, 2, 2).split()
+    first, third = even.split()
+    second, fourth = odd.split()
+    return first, second, third, fourth
+
+
+@triton.jit
+def _pairs(packed):
+    """Sum up the escapes of the pairs before each, and in the highest 6 of 30 bits those of all.
+
+    packed: uint32, codes of 8 elements, 3 bits each.
+    """
+    escape = packed & (packed >> 1) & (packed >> 2) & 0x249249
+    return (((escape & 0x041041) + ((escape >> 3) & 0x041041)) * 0x041041) << 6
+
+
+@triton.jit
+def _before(packed, TOKENS: tl.constexpr, GROUPS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Count the escapes before each group of 8 elements, and all of them."""
+    flat = ((_pairs(packed) >> 24) & 63).to(tl.int32).reshape(TOKENS * GROUPS)
+    return (tl.cumsum(flat, 0) - flat).reshape(TOKENS, GROUPS), tl.sum(flat, 0)
 
 
 @triton.jit
@@ -118,7 +136,7 @@ def encode_tiles_kernel(  # type: ignore[no-untyped-def]  # triton reads annotat
     count_segments,  # S
     TOKENS: tl.constexpr,
     GROUPS: tl.constexpr,  # of 8 channels
-    ROOM: tl.constexpr,  # for escapes, or more
+    ROOM: tl.constexpr,  # more than any tile's for escapes
     ALIGN: tl.constexpr,  # bytes that divide every address in the cache
     PLANES: tl.constexpr,  # bytes that divide every plane's
 ):
@@ -130,12 +148,7 @@ def encode_tiles_kernel(  # type: ignore[no-untyped-def]  # triton reads annotat
     mantissas, low, high, tops, escapes, place, room = _frame(
         frames_ptr, job, n, GROUPS, TOKENS, PLANES
     )
-    pair = tl.arange(0, 4)[None, None, :]
     word = tl.load(pointer, mask=known[:, :, None], other=0)  # [TOKENS, GROUPS, 4]
-    mantissa = (word & 0x007F007F) | ((word >> 8) & 0x00800080)
-    mantissa = (mantissa | (mantissa >> 8)).to(tl.uint16)
-    tl.store(mantissas + 4 * place[:, :, None] + pair, mantissa, mask=inside[:, :, None])
-
     # the largest exponents, two a word: [GROUPS, 4]
     top = tl.max(word & 0x7F80, 0) >> 7
     top |= tl.max(word & 0x7F800000, 0) >> 7
@@ -145,21 +158,29 @@ def encode_tiles_kernel(  # type: ignore[no-untyped-def]  # triton reads annotat
         (top | (top >> 8)).to(tl.uint16),
         mask=columns[:, None],
     )
+    mantissa = (word & 0x007F007F) | ((word >> 8) & 0x00800080)
+    mantissa = (mantissa | (mantissa >> 8)).to(tl.uint16)
+    pair = tl.arange(0, 4)[None, None, :]
+    tl.store(mantissas + 4 * place[:, :, None] + pair, mantissa, mask=inside[:, :, None])
+
     exponent = (word >> 7) & 0x00FF00FF
     below = top[None, :, :] - exponent
     escape = ((below + 0x00F900F9) >> 8) & 0x00010001  # below > 6
     code = (below | (escape * 7)) & 0x00070007
-    code = (code | (code >> 13)) & 0x3F
-    packed = tl.sum(code << (6 * pair).to(tl.uint32), 2)  # [TOKENS, GROUPS], 24 bits
+    code = _four((code | (code >> 13)) & 0x3F, TOKENS, GROUPS)
+    packed = code[0] | (code[1] << 6) | (code[2] << 12) | (code[3] << 18)  # [TOKENS, GROUPS]
     tl.store(low + place, packed.to(tl.uint16), mask=inside)
     tl.store(high + place, (packed >> 16).to(tl.uint8), mask=inside)
 
-    escape = tl.where(inside[:, :, None], escape, 0)
-    at, total = _places(escape, GROUPS, TOKENS)
-    first, second = (escape & 1) != 0, (escape >> 16) != 0
-    tl.store(escapes + at, exponent.to(tl.uint8), mask=first & (at < room))
-    at += (escape & 1).to(tl.int32)
-    tl.store(escapes + at, (exponent >> 16).to(tl.uint8), mask=second & (at < room))
+    packed = tl.where(inside, packed, 0)
+    at, total = _before(packed, TOKENS, GROUPS)
+    exponent = _four(exponent, TOKENS, GROUPS)
+    for j in tl.static_range(4):
+        for half in tl.static_range(2):
+            far = ((packed >> (6 * j + 3 * half)) & 7) == 7
+            value = (exponent[j] >> (16 * half)).to(tl.uint8)
+            tl.store(escapes + at, value, mask=far & (at < room))
+            at += far.to(tl.int32)
     rest = tl.arange(0, ROOM)
     tl.store(escapes + rest, tl.zeros([ROOM], tl.uint8), mask=(rest >= total) & (rest < room))
     verdict = verdicts_ptr + n * count_segments + tl.load(job + _SEGMENT)
@@ -177,6 +198,7 @@ def decode_tiles_kernel(  # type: ignore[no-untyped-def]  # triton reads annotat
     count_units,  # U
     TOKENS: tl.constexpr,
     GROUPS: tl.constexpr,  # of 8 channels
+    ROOM: tl.constexpr,  # more than any tile's for escapes
     ALIGN: tl.constexpr,  # bytes that divide every address in the cache
     PLANES: tl.constexpr,  # bytes that divide every plane's
 ):
@@ -192,14 +214,19 @@ def decode_tiles_kernel(  # type: ignore[no-untyped-def]  # triton reads annotat
     packed = tl.load(low + place, mask=inside, other=0).to(tl.uint32)
     packed |= tl.load(high + place, mask=inside, other=0).to(tl.uint32) << 16
     code = (packed[:, :, None] >> (6 * pair).to(tl.uint32)) & 0x3F
-    code = (code | (code << 13)) & 0x00070007
+    code = (code | (code << 13)) & 0x00070007  # [TOKENS, GROUPS, 4], two a word
     escape = ((code + 0x00010001) >> 3) & 0x00010001
-    at, _ = _places(escape, GROUPS, TOKENS)
-    # a byte that no coder has written may name more escapes than there are: they are zeros
-    first, second = (escape & 1).to(tl.int32), (escape >> 16).to(tl.int32)
-    far = tl.load(escapes + at, mask=(first != 0) & (at < room), other=0).to(tl.uint32)
-    at += first
-    far |= tl.load(escapes + at, mask=(second != 0) & (at < room), other=0).to(tl.uint32) << 16
+    before, _ = _before(packed, TOKENS, GROUPS)
+    within = (_pairs(packed)[:, :, None] >> (6 * pair).to(tl.uint32)) & 63
+    at = before[:, :, None] + within.to(tl.int32)
+    # bytes that no coder has written may name more escapes than there is room for: those are zeros
+    listed = tl.load(escapes + tl.arange(0, ROOM), mask=tl.arange(0, ROOM) < room, other=0)
+    PAIRS: tl.constexpr = TOKENS * GROUPS * 4
+    far = tl.gather(listed, tl.minimum(at, ROOM - 1).reshape(PAIRS), 0).to(tl.uint32)
+    far = tl.where((escape & 1) != 0, far.reshape(TOKENS, GROUPS, 4), 0)
+    at += (escape & 1).to(tl.int32)
+    more = tl.gather(listed, tl.minimum(at, ROOM - 1).reshape(PAIRS), 0).to(tl.uint32)
+    far |= tl.where((escape >> 16) != 0, more.reshape(TOKENS, GROUPS, 4) << 16, 0)
 
     columns = 8 * tl.arange(0, GROUPS) < tl.load(job + _CHANNELS).to(tl.int32)
     top = tl.load(
@@ -289,14 +316,14 @@ def _launch(
     offsets = on.table(table.offsets) if ids is None else ids.offsets(table, on)
     tables = [on.table(table.components), offsets, on.table(table.frames), on.table(jobs)]
     counts = [blocks[0], count_blocks, count_units]
-    kernel, constants = decode_tiles_kernel, shape_of(jobs) | {"ALIGN": align}
+    kernel, num_warps = decode_tiles_kernel, DECODE_WARPS
     if verdicts is not None:
         tables.append(verdicts)
         counts.append(len(table.segments))
-        kernel = encode_tiles_kernel
-        constants["ROOM"] = room_of(jobs)
+        kernel, num_warps = encode_tiles_kernel, ENCODE_WARPS
     grid = (len(jobs), blocks[1] - blocks[0])
-    on.run(kernel, grid, (*tables, *counts), constants, num_warps=WARPS)
+    constants = shape_of(jobs) | {"ALIGN": align}
+    on.run(kernel, grid, (*tables, *counts), constants, num_warps=num_warps)
 
 
 def shape_of(jobs: Int64s) -> dict[str, int]:
@@ -304,40 +331,35 @@ def shape_of(jobs: Int64s) -> dict[str, int]:
     tokens, channels = jobs[:, TOKENS], jobs[:, CHANNELS]
     groups = channels // lossless.GROUP
     planes = math.gcd(16, 2 * int(np.gcd.reduce(groups)), int(np.gcd.reduce(tokens * groups)))
+    columns = jobs[:, [TOKENS, CHANNELS, SIZE]].tolist()
+    room = max(size - lossless.escapes_at(t * c, c) for t, c, size in columns)
     return {
         "TOKENS": triton.next_power_of_2(int(tokens.max())),
         "GROUPS": triton.next_power_of_2(int(groups.max())),
+        "ROOM": triton.next_power_of_2(room + 1),
         "PLANES": planes,
     }
-
-
-def room_of(jobs: Int64s) -> int:
-    """Return a power of two that no tile's room for escapes passes."""
-    columns = jobs[:, [TOKENS, CHANNELS, SIZE]].tolist()
-    most = max(size - lossless.escapes_at(t * c, c) for t, c, size in columns)
-    return int(triton.next_power_of_2(most))
 
 
 def _variant(encodes: bool, tokens: int, align: int) -> Variant:
     pointers = ["components_ptr", "offsets_ptr", "frames_ptr", "jobs_ptr"]
     counts = ["first_block", "count_blocks", "count_units"]
     groups = lossless.ELEMENTS // tokens // lossless.GROUP
-    constants = {"TOKENS": tokens, "GROUPS": groups, "ALIGN": align, "PLANES": align}
+    constants = {"TOKENS": tokens, "GROUPS": groups, "ROOM": 1024, "PLANES": align, "ALIGN": align}
     signature = dict.fromkeys(pointers, "*i64") | dict.fromkeys(counts, "i32")
     if encodes:
         signature |= {"verdicts_ptr": "*u8", "count_segments": "i32"}
-        constants["ROOM"] = 1024
     return Variant(
         f"lossless {'encode' if encodes else 'decode'} {tokens} tokens by {align} bytes",
         encode_tiles_kernel if encodes else decode_tiles_kernel,
         signature=signature,
         constants=constants,
         aligned=tuple(pointers),
-        num_warps=WARPS,
+        num_warps=ENCODE_WARPS if encodes else DECODE_WARPS,
         elements=lossless.ELEMENTS,
         load_bits=8 * align if encodes else min(8 * align, 64),  # the frame's widest plane
         store_bits=min(8 * align, 64) if encodes else 8 * align,
-        # two programs of 8 warps on a multiprocessor, where accesses are wide
+        # 16 warps on a multiprocessor, where accesses are wide
         registers_max=128 if align == 16 else REGISTERS_MAX,
     )
 
