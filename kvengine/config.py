@@ -306,7 +306,8 @@ QUERIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
 class Disk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The disk tier: a directory that one engine holds at a time, and how much it may take.
 
-    `segment_bytes` is the size of one segment file; 0 picks 256M, or less on a small disk.
+    `segment_bytes` is the size of one segment file; 0 picks 256M, less on a small disk,
+    up to 1G on a large one.
     `durable` makes a write count only once it has been synced.
     """
 
@@ -317,7 +318,9 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     def __post_init__(self) -> None:
         _check(self, "disk.")
-        fitting = min(SEGMENT_BYTES, max(SEGMENT_BYTES_MIN, self.size_bytes // 8))
+        # Few files, so that opening is quick; many enough to give room up in small steps.
+        large = min(GIB, max(SEGMENT_BYTES, self.size_bytes // 1024))
+        fitting = min(large, max(SEGMENT_BYTES_MIN, self.size_bytes // 8))
         segment = self.segment_bytes or fitting
         if segment > self.size_bytes:
             raise ConfigError(

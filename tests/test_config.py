@@ -372,6 +372,8 @@ def test_a_small_disk_gets_small_segments():
     assert Disk(path="/kv").segment_bytes == 256 << 20
     assert Disk(path="/kv", size_bytes="64M").segment_bytes == 8 << 20
     assert Disk(path="/kv", size_bytes="64K").segment_bytes == 64 << 10
+    assert Disk(path="/kv", size_bytes="512G").segment_bytes == 512 << 20
+    assert Disk(path="/kv", size_bytes="8T").segment_bytes == 1 << 30
 
 
 def test_secret_is_read_from_hex_and_from_files(tmp_path):

@@ -21,6 +21,7 @@ import kvengine
 import rig
 from kvengine import ConfigError, DirectoryInUse, Engine
 from kvengine.frame import frame_bytes
+from kvengine.tiers.files import OSFiles
 from kvengine.tiers.format import Geometry, SegmentHeader
 
 OF = rig.layout()
@@ -124,6 +125,36 @@ def test_layouts_of_many_sizes_in_one_directory(tmp_path):
                 keys, source = keys_of(engine, rig.prompt(3, of), of), rig.caches(of, 3, 7)
                 assert rig.check_right(engine, keys, source).all()
             engine.check()
+
+
+def test_without_direct_access(tmp_path, monkeypatch):
+    """Where a file system takes no O_DIRECT, all goes through the page cache, and out of it."""
+    opened: list[int] = []
+
+    def open_file(path, flags, mode=0o777, opens=os.open):
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        opened.append(flags)
+        return opens(path, flags, mode)
+
+    monkeypatch.setattr(os, "open", open_file)
+    for durable in (0, 1):
+        with open_at(tmp_path, disk=f"size=64M&durable={durable}") as engine:
+            rig.save(engine, keys_of(engine), SOURCE)
+            assert engine.flush(rig.WAIT_S)
+            engine.squeeze(0)
+            assert rig.check_right(engine, keys_of(engine), SOURCE).all()
+            assert engine.stats()["tier_failures"] == 0
+    assert opened
+
+
+def test_a_file_that_is_there_is_not_taken_for_a_new_one(tmp_path):
+    files = OSFiles()
+    (tmp_path / "there").write_bytes(b"x")
+    with pytest.raises(FileExistsError):
+        files.open(tmp_path / "there", create=True)
+    with pytest.raises(FileNotFoundError):
+        files.open(tmp_path / "not there")
 
 
 def test_dropped_blocks_stay_dropped(filled):

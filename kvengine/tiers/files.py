@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
@@ -56,8 +57,10 @@ class OSFiles:
         if self._direct:
             try:
                 return os.open(path, flags | os.O_DIRECT, 0o600)
-            except OSError:
-                flags &= ~os.O_EXCL  # the file may be there now
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                flags &= ~os.O_EXCL  # the attempt may have made the file
         handle = os.open(path, flags, 0o600)
         self._buffered.add(handle)
         return handle
