@@ -7,6 +7,7 @@ TRITON_INTERPRET=1 set before that, the kernels run on the CPU, on the addresses
 Digests are those of the encoded segments, by `xxh3_device.digest_spans`.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -279,18 +280,32 @@ def alignment(table: Rows, ids: Ids | None = None) -> int:
     return math.gcd(16, *(int(np.gcd.reduce(each, axis=None)) for each in found))
 
 
-def jobs_of(table: Rows, segments: Span) -> Int64s:
-    """List the tiles of these segments: int64[J, 8]."""
+def jobs_of(table: Rows, segments: Span) -> tuple[Int64s, dict[str, int]]:
+    """List the tiles of these segments, int64[J, 8], and choose the constants that fit them all.
+
+    Both are kept for the next launch.
+    """
+    components = table.components[:, [rows.HEADS, rows.DIM, rows.FRAME]]
+    chosen = table.segments[slice(*segments), :2]
+    return _jobs(table.tokens, components.tobytes(), chosen.tobytes(), segments[0])
+
+
+@functools.lru_cache(64)
+def _jobs(
+    tokens: int, components: bytes, segments: bytes, first_segment: int
+) -> tuple[Int64s, dict[str, int]]:
+    shapes = np.frombuffer(components, np.int64).reshape(-1, 3).tolist()
     found = []
-    for s in range(*segments):
-        first, count = table.segments[s, :2].tolist()
+    for s, (first, count) in enumerate(np.frombuffer(segments, np.int64).reshape(-1, 2).tolist()):
         for c in range(first, first + count):
-            row = table.components[c].tolist()
-            tiles = lossless.tiles(table.tokens, row[rows.HEADS] * row[rows.DIM]).copy()
-            tiles[:, lossless.AT] += row[rows.FRAME]
-            place = np.full((len(tiles), 2), (c, s), np.int64)
+            heads, dim, frame = shapes[c]
+            tiles = lossless.tiles(tokens, heads * dim).copy()
+            tiles[:, lossless.AT] += frame
+            place = np.full((len(tiles), 2), (c, first_segment + s), np.int64)
             found.append(np.concatenate((place, tiles), axis=1))
-    return np.concatenate(found)
+    jobs = np.concatenate(found)
+    jobs.flags.writeable = False
+    return jobs, _constants(jobs)
 
 
 def _launch(
@@ -311,7 +326,7 @@ def _launch(
     if blocks[0] == blocks[1] or segments[0] == segments[1]:
         return
     on = launcher(device)
-    jobs = jobs_of(table, segments)
+    jobs, constants = jobs_of(table, segments)
     _, count_blocks, count_units = table.offsets.shape
     offsets = on.table(table.offsets) if ids is None else ids.offsets(table, on)
     tables = [on.table(table.components), offsets, on.table(table.frames), on.table(jobs)]
@@ -322,12 +337,11 @@ def _launch(
         counts.append(len(table.segments))
         kernel, num_warps = encode_tiles_kernel, ENCODE_WARPS
     grid = (len(jobs), blocks[1] - blocks[0])
-    constants = shape_of(jobs) | {"ALIGN": align}
-    on.run(kernel, grid, (*tables, *counts), constants, num_warps=num_warps)
+    arguments = (*tables, *counts)
+    on.run(kernel, grid, arguments, constants | {"ALIGN": align}, num_warps=num_warps)
 
 
-def shape_of(jobs: Int64s) -> dict[str, int]:
-    """Choose the constants that fit all tiles."""
+def _constants(jobs: Int64s) -> dict[str, int]:
     tokens, channels = jobs[:, TOKENS], jobs[:, CHANNELS]
     groups = channels // lossless.GROUP
     planes = math.gcd(16, 2 * int(np.gcd.reduce(groups)), int(np.gcd.reduce(tokens * groups)))
