@@ -317,6 +317,13 @@ def quantizers(wanted: bool | None) -> ModuleType | None:
     return None if choose(wanted) is None else _quantizers()
 
 
+def load_quantizer(scheme: str) -> None:
+    """Compile or load a lossy codec's path ahead of its first use."""
+    found = quantizers(None)
+    if found is not None:
+        found.load(scheme)
+
+
 def choose(wanted: bool | None) -> ModuleType | None:
     """Return the compiled path for None (where there is one) or True (raises ImportError)."""
     if wanted is False:

@@ -12,14 +12,15 @@ Sources: KIVI (arXiv 2402.02750) for keys by channel and values by token, QuaRot
 and TurboQuant (arXiv 2504.19874) for the rotation, OCP 8-bit floating point for e4m3.
 
 An encoded component is two planes, each padded with zeros to a multiple of 16 bytes: codes
-[heads, tokens, dim] and scales. 4-bit codes of a row stand as bytes j = channel j, and above it
-channel j + dim / 2. All arithmetic is of single precision with integer rounding, so that every path
-gives the same codes; rot4's rotation adds in any order, and its codes may differ where a value lies
-on an edge between two levels.
+[heads, tokens, dim] and scales. 4-bit codes of a row (rot4: of a piece) stand in bytes: channel j
+in the low half of byte j, channel j + dim / 2 in the high half. All arithmetic is of single
+precision with integer rounding, so that every path gives the same codes; rot4's rotation adds in
+any order, and its codes may differ where a value lies on an edge between two levels.
 
-What is not finite: a row (int8, fp8, rot4) or group (int4) with a NaN or an infinity comes back as
-NaN, all of it, and so does one whose spread (int4) or squared length (rot4) overflows. What is
-smaller than single precision's normal numbers comes back as zero. Nothing finite becomes infinite.
+What is not finite: a row (int8, fp8), piece (rot4) or group (int4) with a NaN or an infinity comes
+back as NaN, all of it, and so does one whose spread (int4) or squared length (rot4) overflows. What
+is smaller than single precision's normal numbers comes back as zero. Nothing finite becomes
+infinite.
 
 Three ways give the same bytes: the compiled path (`quant_native.py`), the plain one here, which is
 the reference as well, and the Triton kernels (`quant_device.py`).
@@ -51,6 +52,7 @@ LARGEST: Mapping[str, float] = {
     "float16": 65504.0,
     "float32": (2 - 2**-23) * 2.0**127,
 }
+SPREAD_MAX = 0x7D88_0000  # bits of the largest bf16 scale whose 15 steps are finite
 # Edges between the levels of a normal variable, and the odd polynomial that gives the levels.
 EDGES = (0.2578, 0.5228, 0.8011, 1.1024, 1.4434, 1.8539, 2.4114)
 LEVEL_1, LEVEL_3, LEVEL_5 = 0.263819, 9.5e-05, 3.0e-05
@@ -112,10 +114,9 @@ def encode(
     ValueError for a scheme, range or table that does not fit, ImportError for native=True without
     numba.
     """
-    _check(scheme, rows, blocks, segments)
+    check(scheme, rows, blocks, segments)
+    _expect("digests", digests, np.uint64, (len(rows.frames), len(rows.segments), 2))
     compiled = launch.quantizers(native)
-    if compiled is not None and not compiled.takes(scheme):
-        compiled = None
     for n in range(*blocks):
         if compiled is not None:
             compiled.encode(scheme, rows, n, segments)
@@ -140,10 +141,11 @@ def decode(
     digests: uint64[N, S, 2], what each encoded segment's digest must be; verdicts: uint8[N, S],
     copy.GOOD or copy.BAD. The cache is left alone where a segment is BAD. Otherwise as `encode`.
     """
-    _check(scheme, rows, blocks, segments)
+    check(scheme, rows, blocks, segments)
+    shape = (len(rows.frames), len(rows.segments))
+    _expect("digests", digests, np.uint64, (*shape, 2))
+    _expect("verdicts", verdicts, np.uint8, shape)
     compiled = launch.quantizers(native)
-    if compiled is not None and not compiled.takes(scheme):
-        compiled = None
     found = np.empty_like(digests)
     for n in range(*blocks):
         _digest(rows, n, segments, found)
@@ -170,9 +172,9 @@ def encode_component(scheme: str, words: Words, dtype: str, keys: bool) -> Bytes
     elif scheme == "rot4":
         codes, scales = _encode_rotated(values)
     elif keys:
-        codes, scales = _encode_channels(values)
+        codes, scales = _encode_channels(values, lowest(dtype))
     else:
-        codes, scales = _encode_groups(values)
+        codes, scales = _encode_groups(values, lowest(dtype))
     code_bytes, scale_bytes = planes(scheme, heads, tokens, dim, keys)
     out = np.zeros(code_bytes + scale_bytes, np.uint8)
     out[: codes.nbytes] = codes.reshape(-1).view(np.uint8)
@@ -192,9 +194,11 @@ def decode_component(
         return _scaled(steps, scales, 1, dtype)
     if scheme == "fp8":
         return _scaled(_of_e4m3(codes[: heads * tokens * dim].reshape(shape)), scales, 1, dtype)
-    nibbles = _unpacked(codes[: heads * tokens * dim // 2].reshape(heads, tokens, dim // 2))
+    codes = codes[: heads * tokens * dim // 2]
     if scheme == "rot4":
+        nibbles = _unpacked(codes.reshape(heads, tokens, -1, piece(dim) // 2))
         return _decode_rotated(nibbles, scales, dtype)
+    nibbles = _unpacked(codes.reshape(heads, tokens, -1))
     return _decode_groups(nibbles, scales, dtype, keys)
 
 
@@ -232,10 +236,27 @@ def _of_bf16(words: npt.NDArray[np.uint16]) -> Floats:
     return (words.astype(np.uint32) << 16).view(np.float32)
 
 
+def _inverse(scale: Floats) -> Floats:
+    """Divide 1 by bf16 scales, to 13 bits; 0 for 0.
+
+    No quotient is nearer to an edge between two numbers of 13 bits than four units in the last
+    place of single precision, so that a device's approximate division gives the same.
+    """
+    with np.errstate(divide="ignore"):
+        bits = _bits(np.float32(1) / scale)
+    near = ((bits + np.uint32(0x400)) & np.uint32(0xFFFF_F800)).view(np.float32)
+    return np.where(scale > 0, near, np.float32(0))
+
+
 def cap(dtype: str, most: float) -> np.float32:
     """Return the largest bf16 scale that times `most` is a finite number of the dtype."""
     bits = np.float32(LARGEST[dtype] / most).view(np.uint32) & np.uint32(0xFFFF_0000)
     return np.float32(bits.view(np.float32))
+
+
+def lowest(dtype: str) -> np.float32:
+    """Return the lowest bf16 that is a finite number of the dtype."""
+    return -cap(dtype, 1.0)
 
 
 # int8 and fp8: a scale a row
@@ -249,10 +270,8 @@ def _encode_rows(
     largest = np.where(bad, 0, magnitude).astype(np.uint32).view(np.float32)
     scale = np.minimum(_of_bf16(_bf16(largest * np.float32(1 / most))), cap(dtype, most))
     scale = np.where(scale < NORMAL_MIN, np.float32(0), scale)
-    with np.errstate(divide="ignore"):
-        inverse = np.where(scale > 0, np.float32(1) / scale, np.float32(0))
     finite = np.where(bad[:, :, None], np.float32(0), values)
-    steps = np.clip(finite * inverse[:, :, None], np.float32(-most), np.float32(most))
+    steps = np.clip(finite * _inverse(scale)[:, :, None], np.float32(-most), np.float32(most))
     return nearest(steps), np.where(bad, np.uint16(BF16_NAN), _bf16(scale))
 
 
@@ -291,36 +310,38 @@ def _scaled(steps: Floats, scales: Bytes, pieces: int, dtype: str) -> Words:
 # int4: a scale and the lowest value, a channel of keys or a group of values
 
 
-def _encode_channels(values: Floats) -> tuple[Bytes, Doubles]:
+def _encode_channels(values: Floats, least: np.float32) -> tuple[Bytes, Doubles]:
     codes, pairs = [], []
     for at in range(0, values.shape[1], CHUNK_TOKENS):
-        nibbles, pair = _encode_spread(values[:, at : at + CHUNK_TOKENS], 1)
+        nibbles, pair = _encode_spread(values[:, at : at + CHUNK_TOKENS], 1, least)
         codes.append(nibbles)
         pairs.append(pair)
     return _packed(np.concatenate(codes, axis=1)), np.concatenate(pairs, axis=1)
 
 
-def _encode_groups(values: Floats) -> tuple[Bytes, Doubles]:
+def _encode_groups(values: Floats, least: np.float32) -> tuple[Bytes, Doubles]:
     heads, tokens, dim = values.shape
     grouped = values.reshape(heads, tokens, groups(dim), -1)
-    nibbles, pairs = _encode_spread(grouped, 3)
+    nibbles, pairs = _encode_spread(grouped, 3, least)
     return _packed(nibbles.reshape(values.shape)), pairs.reshape(heads, tokens, -1)
 
 
-def _encode_spread(values: Floats, axis: int) -> tuple[Bytes, Doubles]:
-    """Give codes of 0..15 between the lowest and the highest value along an axis."""
+def _encode_spread(values: Floats, axis: int, least: np.float32) -> tuple[Bytes, Doubles]:
+    """Give codes of 0..15 between the lowest and the highest value along an axis.
+
+    least: what the lowest may be, stored as bf16 and given back as the values' dtype.
+    """
     bad = ((_bits(values) & 0x7FFF_FFFF).max(axis=axis, keepdims=True)) >= INFINITY
     finite = np.where(bad, np.float32(0), values)
     low = finite.min(axis=axis, keepdims=True) + np.float32(0)  # no zero has a sign
     high = finite.max(axis=axis, keepdims=True)
-    low = _of_bf16(_floor_bf16(low))
+    low = np.maximum(_of_bf16(_floor_bf16(low)), least)
     share = np.float32(1 / 15)
-    scale = (_bits(high * share - low * share) & np.uint32(0xFFFF_0000)).view(np.float32)
-    bad |= (_bits(scale) >= INFINITY) | (_bits(low) & 0x7FFF_FFFF >= INFINITY)
+    scale = (_bits(high * share - low * share) & np.uint32(0x7FFF_0000)).view(np.float32)
+    bad |= _bits(scale) > SPREAD_MAX
     scale = np.where(bad | (scale < NORMAL_MIN), np.float32(0), scale)
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.where(scale > 0, np.float32(1) / scale, np.float32(0))
-        steps = np.clip((finite - low) * inverse, np.float32(0), np.float32(15))
+    with np.errstate(over="ignore", invalid="ignore"):
+        steps = np.clip((finite - low) * _inverse(scale), np.float32(0), np.float32(15))
     lows = np.where(bad, np.uint32(BF16_NAN), _bits(low) >> 16)
     nibbles = np.where(bad, np.float32(0), np.rint(steps)).astype(np.uint8)
     pairs: Doubles = (_bits(scale) >> 16 | lows << 16).astype(np.uint32)
@@ -352,13 +373,13 @@ def _decode_groups(nibbles: Bytes, scales: Bytes, dtype: str, keys: bool) -> Wor
 
 
 def _packed(nibbles: Bytes) -> Bytes:
-    half = nibbles.shape[2] // 2
-    packed: Bytes = nibbles[:, :, :half] | (nibbles[:, :, half:] << 4).astype(np.uint8)
+    half = nibbles.shape[-1] // 2
+    packed: Bytes = nibbles[..., :half] | (nibbles[..., half:] << 4).astype(np.uint8)
     return packed
 
 
 def _unpacked(codes: Bytes) -> Bytes:
-    return np.concatenate([codes & 15, codes >> 4], axis=2)
+    return np.concatenate([codes & 15, codes >> 4], axis=-1)
 
 
 # rot4: a rotation, sixteen levels, a length a piece
@@ -398,8 +419,7 @@ def _encode_rotated(values: Floats) -> tuple[Bytes, Halves]:
         level = _level(steps)
         fit = np.sqrt(square) / np.sqrt((level * level).sum(axis=3)) * np.float32(1 / width)
     scales = np.where(bad, np.uint16(BF16_NAN), _bf16(np.where(zero | bad, np.float32(0), fit)))
-    nibbles = (steps + np.float32(7.5)).astype(np.uint8).reshape(values.shape)
-    return _packed(nibbles), scales
+    return _packed((steps + np.float32(7.5)).astype(np.uint8)), scales
 
 
 def _level(steps: Floats) -> Floats:
@@ -409,11 +429,10 @@ def _level(steps: Floats) -> Floats:
 
 
 def _decode_rotated(nibbles: Bytes, scales: Bytes, dtype: str) -> Words:
-    heads, tokens, dim = nibbles.shape
-    width = piece(dim)
+    heads, tokens, pieces, width = nibbles.shape
     level = _level(nibbles.astype(np.float32) - np.float32(7.5))
-    back = (level.reshape(heads, tokens, -1, width) @ hadamard(width)) * signs(width)
-    return _scaled(back.reshape(nibbles.shape), scales, dim // width, dtype)
+    back = (level @ hadamard(width)) * signs(width)
+    return _scaled(back.reshape(heads, tokens, -1), scales, pieces, dtype)
 
 
 # Tables
@@ -449,13 +468,22 @@ def _digest(rows: Rows, n: int, segments: Span, digests: npt.NDArray[np.uint64])
     digest_spans(addresses, nbytes, digests[n, slice(*segments)])
 
 
-def _check(scheme: str, rows: Rows, blocks: Span, segments: Span) -> None:
+def check(scheme: str, rows: Rows, blocks: Span, segments: Span) -> None:
+    """Raise ValueError for an unknown scheme, rows that it cannot take, and ranges outside."""
     if scheme not in SCHEMES:
         raise ValueError(f"scheme {scheme!r}, expected one of {', '.join(SCHEMES)}")
     for dim in set(rows.components[:, DIM].tolist()):
         if wrong := fits(scheme, dim):
             raise ValueError(wrong)
     rows.check_ranges(blocks, segments)
+
+
+def _expect(name: str, table: npt.NDArray[np.generic], dtype: type, shape: tuple[int, ...]) -> None:
+    if table.dtype != dtype or table.shape != shape or not table.flags.c_contiguous:
+        raise ValueError(
+            f"{name} is {table.dtype}{list(table.shape)}, expected C-contiguous "
+            f"{np.dtype(dtype)}{list(shape)}"
+        )
 
 
 def _padded(nbytes: int) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kvengine import frame
 from kvengine.cache import PagedCache
 from kvengine.errors import LayoutError
-from kvengine.kernels import copy, lossless, quant, rows
+from kvengine.kernels import copy, launch, lossless, quant, rows
 from kvengine.kernels.copy import Moves, Span
 from kvengine.kernels.rows import Rows
 from kvengine.layout import Layout
@@ -262,6 +262,7 @@ class Quantised:
         for dim in layout.head_dims:
             if wrong := quant.fits(scheme, dim):
                 raise LayoutError(f"fidelity {scheme!r}: {wrong}; ask for 'int8' or 'exact'")
+        launch.load_quantizer(scheme)  # where the caller waits, and no thread is half-way in a fork
         self._scheme = scheme
         self.encoding, self.fidelity = QUANTISED[scheme]
         parts = [
