@@ -57,24 +57,26 @@ _LEVEL_5 = tl.constexpr(quant.LEVEL_5)
 
 
 @triton.jit
-def _bits(value):  # type: ignore[no-untyped-def]  # triton reads annotations as its own
+def _bits(value):
     return value.to(tl.int32, bitcast=True)
 
 
 @triton.jit
-def _float(bits):  # type: ignore[no-untyped-def]
+def _float(bits):
     return bits.to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _near_bf16(value):  # type: ignore[no-untyped-def]
+def _near_bf16(value):
     """Round finite single precision to bf16, ties to even: its 16 bits, as int32."""
     bits = _bits(value)
     return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16 & 0xFFFF
 
 
 @triton.jit
-def _load(address, col, mask, KIND: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _load(  # type: ignore[no-untyped-def]  # triton reads annotations as its own
+    address, col, mask, KIND: tl.constexpr, ALIGN: tl.constexpr
+):
     """Read [ROWS, COLS] elements as single precision. address: int64[ROWS]."""
     word: tl.constexpr = tl.uint32 if KIND == _F32 else tl.uint16
     # the hint comes after the cast: a pointer made of a loaded integer has no known alignment
@@ -90,7 +92,9 @@ def _load(address, col, mask, KIND: tl.constexpr, ALIGN: tl.constexpr):  # type:
 
 
 @triton.jit
-def _store(address, col, value, bad, mask, KIND: tl.constexpr, ALIGN: tl.constexpr):  # type: ignore[no-untyped-def]
+def _store(  # type: ignore[no-untyped-def]
+    address, col, value, bad, mask, KIND: tl.constexpr, ALIGN: tl.constexpr
+):
     """Write [ROWS, COLS] finite values, and NaN where `bad`. address: int64[ROWS]."""
     if KIND == _BF16:
         words = (_near_bf16(value) | tl.where(bad, _BF16_NAN, 0)).to(tl.uint16)
@@ -105,7 +109,7 @@ def _store(address, col, value, bad, mask, KIND: tl.constexpr, ALIGN: tl.constex
 
 
 @triton.jit
-def _addresses(row, offsets_ptr, n, t, h, live, count_blocks, count_units):  # type: ignore[no-untyped-def]
+def _addresses(row, offsets_ptr, n, t, h, live, count_blocks, count_units):
     """Give the addresses in the cache of the rows of tokens t and heads h of block n.
 
     And which are known: live, and of no id that is out of range.
@@ -119,12 +123,12 @@ def _addresses(row, offsets_ptr, n, t, h, live, count_blocks, count_units):  # t
 
 
 @triton.jit
-def _bytes_at(address):  # type: ignore[no-untyped-def]
+def _bytes_at(address):
     return tl.multiple_of(address.to(tl.pointer_type(tl.uint8)), 16)
 
 
 @triton.jit
-def _pad(plane, nbytes, tile):  # type: ignore[no-untyped-def]
+def _pad(plane, nbytes, tile):
     """Write the zeros that fill a plane up to 16 bytes, in the first program of a component."""
     at = tl.arange(0, 16)
     count = tl.where(tile == 0, (16 - nbytes % 16) % 16, 0)
@@ -133,18 +137,18 @@ def _pad(plane, nbytes, tile):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _padded(nbytes):  # type: ignore[no-untyped-def]
+def _padded(nbytes):
     return (nbytes + 15) // 16 * 16
 
 
 @triton.jit
-def _store_halves(plane, index, words, mask):  # type: ignore[no-untyped-def]
+def _store_halves(plane, index, words, mask):
     start = tl.multiple_of(plane.to(tl.pointer_type(tl.uint16)), 16)
     tl.store(start + index, words.to(tl.uint16), mask=mask)
 
 
 @triton.jit
-def _scales(plane, index, mask):  # type: ignore[no-untyped-def]
+def _scales(plane, index, mask):
     """Read bf16 scales: their values, 0 for NaN, and which are NaN."""
     start = tl.multiple_of(plane.to(tl.pointer_type(tl.uint16)), 16)
     words = tl.load(start + index, mask=mask, other=0).to(tl.int32)
@@ -153,7 +157,7 @@ def _scales(plane, index, mask):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _inverse(scale):  # type: ignore[no-untyped-def]
+def _inverse(scale):
     """Divide 1 by a scale, to 13 bits, so that an approximate division will do; 0 for 0."""
     live = scale > 0
     bits = _bits(1.0 / tl.where(live, scale, 1.0))
@@ -161,7 +165,7 @@ def _inverse(scale):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _near_e4m3(step):  # type: ignore[no-untyped-def]
+def _near_e4m3(step):
     """Round to e4m3, ties to even: its 8 bits, as int32. step: at most 448 either way."""
     bits = _bits(step)
     absolute = bits & _ABSOLUTE
@@ -260,12 +264,12 @@ def decode_rows_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _lower(a, b):  # type: ignore[no-untyped-def]
+def _lower(a, b):
     return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _higher(a, b):  # type: ignore[no-untyped-def]
+def _higher(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -302,26 +306,26 @@ def _spread(lowest, highest, LEAST: tl.constexpr):  # type: ignore[no-untyped-de
 
 
 @triton.jit
-def _pair(low, scale, bad):  # type: ignore[no-untyped-def]
+def _pair(low, scale, bad):
     lows = tl.where(bad, _BF16_NAN, _bits(low) >> 16)
     return ((_bits(scale) >> 16) | lows << 16).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _nibble(x, low, inverse):  # type: ignore[no-untyped-def]
+def _nibble(x, low, inverse):
     """Give codes of 0 to 15; 0 where the inverse is 0, whatever x is: a maximum drops NaN."""
     step = tl.minimum(tl.maximum((x - low) * inverse, 0.0), 15.0)
     return _bits(step + _MAGIC) & 15
 
 
 @triton.jit
-def _store_words(plane, index, words, mask):  # type: ignore[no-untyped-def]
+def _store_words(plane, index, words, mask):
     start = tl.multiple_of(plane.to(tl.pointer_type(tl.uint32)), 16)
     tl.store(start + index, words, mask=mask)
 
 
 @triton.jit
-def _pairs(plane, index, mask):  # type: ignore[no-untyped-def]
+def _pairs(plane, index, mask):
     """Read low and scale, zeros where they are not finite, and which are not."""
     start = tl.multiple_of(plane.to(tl.pointer_type(tl.uint32)), 16)
     pair = tl.load(start + index, mask=mask, other=0).to(tl.int32, bitcast=True)
@@ -532,13 +536,13 @@ def decode_groups_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _level(step):  # type: ignore[no-untyped-def]
+def _level(step):
     square = step * step
     return step * (_LEVEL_1 + square * (_LEVEL_3 + square * _LEVEL_5))
 
 
 @triton.jit
-def _step(y):  # type: ignore[no-untyped-def]
+def _step(y):
     """Give the step, 0.5 to 7.5 either way, of a normal variable."""
     a = tl.abs(y)
     k = 0.5 + (a > _EDGE_0).to(tl.float32) + (a > _EDGE_1).to(tl.float32)
@@ -745,7 +749,7 @@ def plan(
 
 
 def _rows(count: int, most: int) -> int:
-    return max(1, min(triton.next_power_of_2(count), most))
+    return max(1, min(int(triton.next_power_of_2(count)), most))
 
 
 def _warps(elements: int) -> int:

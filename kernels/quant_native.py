@@ -380,15 +380,15 @@ def _compiled(*signature: Any, sums: bool = False) -> Callable[[Any], Callable[[
     sums: sums may be added in any order. Nothing is raised for a division by zero.
     """
     kept = types.void(*signature)
-    how = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc"} if sums else False}
+    how: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc"} if sums else False}
 
-    def compile(function: Any) -> Any:
+    def build(function: Any) -> Any:
         try:
             return numba.njit(kept, cache=True, **how)(function)
         except (RuntimeError, OSError):  # no directory for the cache, or no room in it
             return numba.njit(kept, **how)(function)
 
-    return lambda function: functools.cache(lambda: compile(function))
+    return lambda function: functools.cache(lambda: build(function))
 
 
 def _table(item: Any, ndim: int) -> Any:
