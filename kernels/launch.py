@@ -6,6 +6,7 @@ can use the kernels: it compiles ahead of the launch for the device that the dri
 launches through the driver. Nothing optional is imported before its use.
 """
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -108,7 +109,15 @@ class Torch:
         num_warps: int = 4,
     ) -> None:
         """Compile on first use, and launch."""
-        kernel[grid](*arguments, **constants, num_warps=num_warps)
+        with self._on_device():
+            kernel[grid](*arguments, **constants, num_warps=num_warps)
+
+    def _on_device(self) -> contextlib.AbstractContextManager[None]:
+        """Make the device torch's current one: triton launches on that, whatever it is given."""
+        if self.name == "cpu":
+            return contextlib.nullcontext()
+        found: contextlib.AbstractContextManager[None] = self._torch.cuda.device(self.name)
+        return found
 
 
 class Memory:

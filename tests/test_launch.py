@@ -4,6 +4,7 @@ Run as a program it is the process without torch: kernels are compiled for the d
 names, and launched through it; the driver is a fake one.
 """
 
+import contextlib
 import ctypes
 import os
 import subprocess
@@ -75,6 +76,23 @@ def test_torch_launches_where_it_has_gpus(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     found = launch.launcher("cuda:1")
     assert isinstance(found, launch.Torch) and found.name == "cuda:1"
+    entered, launched = [], []
+    monkeypatch.setattr(torch.cuda, "device", lambda name: contextlib.closing(Entered(name)))
+
+    class Entered:
+        def __init__(self, name: str) -> None:
+            entered.append(name)
+
+        def close(self) -> None:
+            entered.append("left")
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *given, **named: launched.append((grid, given, named, list(entered)))
+
+    found.run(Kernel(), (3, 2), (5,), {"TILE": 8}, 1)
+    assert launched == [((3, 2), (5,), {"TILE": 8, "num_warps": 1}, ["cuda:1"])]
+    assert entered == ["cuda:1", "left"]  # of the device that it was made for
 
 
 def bare_process() -> None:
