@@ -1014,7 +1014,9 @@ def gpu() -> bool:
 
 def show(rows: Sequence[Row], console: Console) -> None:
     """Print what was measured as every bench does, and the compile table a line a variant."""
-    show_rows([each for each in rows if not each.case.startswith("compile ")], console)
+    measured_here = [each for each in rows if not each.case.startswith("compile ")]
+    if measured_here:
+        show_rows(measured_here, console)
     cells: dict[tuple[str, str], dict[str, float]] = {}
     for each in rows:
         if each.case.startswith("compile "):
