@@ -39,7 +39,7 @@ class Fetches:
     """
 
     def __init__(self, share_bytes: int, clock: Callable[[], float]) -> None:
-        self._share_bytes = share_bytes
+        self.share_bytes = share_bytes
         self._clock = clock
         self._lock = threading.Lock()
         self._lent = 0
@@ -56,7 +56,7 @@ class Fetches:
     def begin(self, nbytes: int, deadline: float, start: Start) -> None:
         """Call `start` when so many bytes may be lent, at once if that is now."""
         with self._lock:
-            if self._turns or self._lent and self._lent + nbytes > self._share_bytes:
+            if self._turns or self._lent and self._lent + nbytes > self.share_bytes:
                 self._turns.append(Turn(nbytes, deadline, start))
                 return
             self._lent += nbytes
@@ -75,7 +75,7 @@ class Fetches:
                     return
                 turn = self._turns[0]
                 in_time = self._clock() < turn.deadline
-                if in_time and self._lent and self._lent + turn.nbytes > self._share_bytes:
+                if in_time and self._lent and self._lent + turn.nbytes > self.share_bytes:
                     return
                 self._turns.popleft()
                 self._lent += turn.nbytes if in_time else 0

@@ -282,10 +282,17 @@ class Template:
         return np.array(good, dtype=np.bool_), digests
 
 
-def verify_payload(header: Header, payload: memoryview) -> list[int]:
-    """Return the segments whose bytes do not match their digest, [] where all do."""
+def verify_payload(
+    header: Header, payload: memoryview, start: int = 0, stop: int = PAYLOAD_BYTES_MAX
+) -> list[int]:
+    """Return the segments whose bytes do not match their digest, [] where all do.
+
+    Only those that lie wholly between `start` and `stop` are looked at.
+    """
     bad = []
     for index, (offset, nbytes) in enumerate(header.segments.tolist()):
+        if offset < start or offset + nbytes > stop:
+            continue
         data = payload[offset : offset + nbytes]
         low, high = header.digests[index].tolist()
         if len(data) != nbytes or xxhash.xxh3_128_intdigest(data) != high << 64 | low:

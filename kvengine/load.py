@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,7 @@ from kvengine.arena import Slots
 from kvengine.cache import PagedCache
 from kvengine.compiled import Int32s
 from kvengine.fetches import Alarm, Fetches
+from kvengine.frame import PAGE_BYTES
 from kvengine.index import NO_SLOT
 from kvengine.kernels.copy import BAD, GOOD
 from kvengine.keys import BlockKeys
@@ -24,6 +26,15 @@ from kvengine.tiers import Span, Tier
 from kvengine.transfer import Job, Transfer, Transfers
 
 FETCH_BYTES = 16 << 20
+PIECE_BYTES = 512 << 10  # of a frame that is read a few layers at a time
+
+
+class Piece(NamedTuple):
+    """A few layers of a frame, and where they stand in it. The first has the header as well."""
+
+    layers: tuple[int, int]
+    start: int
+    stop: int
 
 
 @dataclass(slots=True, eq=False)
@@ -34,7 +45,9 @@ class Part:
     are lent by the store until the part is over; while `reading`, the tier may write to them. A
     window has `claimed` its blocks and `lent` bytes of the fetches' share; `joined`: it waits for
     blocks that others fetch. A `late` one is over for its load, which has its `early` rows, but
-    keeps its slots until the tier has reported.
+    keeps its slots until the tier has reported. One with `pieces` is read and scattered a few
+    layers at a time; `running` of them are being scattered, and if it is late its load waits for
+    those alone (`owed`).
     """
 
     rows: NDArray[np.intp]
@@ -49,6 +62,12 @@ class Part:
     reading: bool = False
     late: bool = False
     over: bool = False
+    pieces: tuple[Piece, ...] = ()
+    digests: NDArray[np.uint64] = field(default_factory=lambda: np.zeros(0, dtype=np.uint64))
+    verdicts: NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, dtype=np.uint8))
+    running: int = 0
+    owed: bool = False
+    returned: bool = False
 
 
 class Load:
@@ -106,9 +125,20 @@ class Load:
         here = np.flatnonzero(slots != NO_SLOT)
         parts = [Part(here, None, slots[here])]
         if len(here) < len(slots):
-            found = windows(self._store, self._ids, slots, self._numbers)
+            found = windows(self._store, self._ids, slots, self._numbers, self._window_bytes)
             parts += [Part(rows, tier) for rows, tier in found]
         return parts
+
+    def _pieces(self, number: int) -> tuple[Piece, ...]:
+        """How frames of a form are cut: in one, but for large frames of a lone disk."""
+        form = next(form for form in self._forms if form.number == number)
+        if len(self._tiers) != 1 or self._tiers[0].remote:
+            return ()
+        return pieces(form.template.header_bytes, form.template.segments[:, 1].tolist())
+
+    def _window_bytes(self, number: int) -> int:
+        """Layers are there early only if all blocks are read together, so far as memory is lent."""
+        return self._fetches.share_bytes if len(self._pieces(number)) > 1 else FETCH_BYTES
 
     def _step(self, part: Part, work: Callable[[], None]) -> None:
         """Do a part's next piece. Should it fail, the part is over, and none of it good.
@@ -124,13 +154,18 @@ class Load:
             if part.over:
                 return
             part.over = True
+            if part.reading:  # something has failed here, and the tier still writes to the slots
+                part.late, part.early = True, np.zeros_like(part.arrived)
         try:
             self._good[part.rows] = good
-            if part.tier is not None and len(part.rows) and not part.reading:
+            if part.late:
+                self._store.repin(self._ids[part.rows])
+            elif part.tier is not None and len(part.rows):
                 self._give_back(part, part.rows, part.slots, good)
         finally:
             try:
-                self._let_go(part)
+                if not part.late:
+                    self._let_go(part)
             finally:
                 self._part_done()
 
@@ -200,6 +235,13 @@ class Load:
         if not len(slots):
             self._none(part)
             return
+        part.pieces = self._pieces(int(self._numbers[rows[0]]))
+        if len(part.pieces) > 1:
+            part.arrived = np.ones(len(slots), dtype=np.bool_)
+            part.verdicts = np.zeros((len(slots), self._layers[1]), dtype=np.uint8)
+            self._read_piece(part, 0, spans)
+            return
+        part.pieces = ()
         part.arrived = np.zeros(len(slots), dtype=np.bool_)
         self._read(part, np.arange(len(slots)), spans)
 
@@ -244,7 +286,8 @@ class Load:
             joined = part.joined
             if part.reading:
                 part.over = part.late = True
-                part.early = part.arrived.copy()
+                part.early = np.zeros_like(part.arrived) if part.pieces else part.arrived.copy()
+                part.owed = part.running > 0
         if joined:
             self._none(part)
             return
@@ -253,20 +296,118 @@ class Load:
         first = Part(part.rows[part.early], part.tier, part.slots[part.early])
         if len(first.rows):
             self._step(first, partial(self._arrived, first, np.ones(len(first.rows), dtype=bool)))
-        else:
-            self._transfer.arrived(part.rows, self._layers)
+        elif not part.owed:
+            if not part.pieces:
+                self._transfer.arrived(part.rows, self._layers)
             self._part_done()
 
     def _ended(self, part: Part) -> None:
         """A late window's reads are over: its slots go to their entries, or back."""
         rest = np.flatnonzero(~part.early)
         ids = self._ids[part.rows[rest]]
+        keep = np.zeros(len(rest), dtype=np.bool_) if part.pieces else part.arrived[rest]
         try:
             if len(rest):
-                self._give_back(part, part.rows[rest], part.slots[rest], part.arrived[rest])
+                self._give_back(part, part.rows[rest], part.slots[rest], keep)
         finally:
             self._let_go(part)
             self._store.unpin(ids)
+
+    def _read_piece(self, part: Part, at: int, spans: Sequence[Span]) -> None:
+        """Read some layers of a window's frames; scatter them while the next are read."""
+        which = np.flatnonzero(part.arrived)
+        if not len(which):
+            self._pieces_over(part)
+            return
+        _, start, stop = part.pieces[at]
+        waiting = [len(which)]
+
+        def report(index: int, good: bool) -> None:
+            with self._lock:
+                part.arrived[which[index]] &= good
+                waiting[0] -= 1
+                last = waiting[0] == 0
+                if last:
+                    part.reading = False
+                late = part.late
+            if last and late:
+                self._late_rest(part)
+            elif last:
+                with self._lock:
+                    part.running += 1  # until this piece is scattered
+                if not self._transfers.submit(partial(self._step, part, over)):
+                    self._step(part, over)
+
+        def over() -> None:
+            if at + 1 < len(part.pieces) and not part.over and part.arrived.any():
+                self._read_piece(part, at + 1, spans)
+            self._scatter_piece(part, at)
+
+        chosen = [replace(spans[index], start=start, stop=stop) for index in which.tolist()]
+        with self._lock:
+            part.reading = True
+        self._tiers[0].read(chosen, self._deadline, report)
+
+    def _scatter_piece(self, part: Part, at: int) -> None:
+        layers = part.pieces[at].layers
+        number = int(self._numbers[part.rows[0]])
+        form = next(form for form in self._forms if form.number == number)
+        size = form.template.header_bytes
+        if at == 0:
+            fine, part.digests = form.template.read(
+                (self._store.arena.view(slot, size) for slot in part.slots.tolist()),
+                [self._keys.key(row) for row in part.rows.tolist()],
+            )
+            part.verdicts[part.arrived & ~fine] = BAD
+        tried = np.flatnonzero(part.arrived & (part.verdicts != BAD).all(axis=1))
+        rows = part.rows[tried]
+
+        def done(verdicts: NDArray[np.uint8]) -> None:
+            part.verdicts[tried, slice(*layers)] = verdicts[:, slice(*layers)]
+            self._piece_done(part)
+
+        if not len(tried):
+            self._transfer.arrived(part.rows, layers)
+            self._piece_done(part)
+            return
+        table = form.codec.table(
+            self._cache,
+            self._store.arena.addresses(part.slots[tried]) + size,
+            None if self._table is None else self._table[rows],
+            None if self._mapping is None else self._mapping[rows],
+        )
+        job = Job(table, part.digests[tried], rows, done, self._cache, layers)
+        self._transfers.load(self._transfer, job, form.codec)
+        self._transfer.arrived(part.rows, layers)
+
+    def _piece_done(self, part: Part) -> None:
+        with self._lock:
+            part.running -= 1
+            still = part.running or part.reading
+            owed = part.owed and not part.running
+            part.owed &= not owed
+        if part.late:
+            if not still:
+                self._late_rest(part)
+            if owed:
+                self._part_done()
+        elif not still:
+            self._pieces_over(part)
+
+    def _pieces_over(self, part: Part) -> None:
+        bad = (part.verdicts == BAD).any(axis=1)
+        try:
+            self._store.corrupt(self._ids[part.rows[bad]], part.tier)
+        finally:
+            self._over(part, (part.verdicts == GOOD).all(axis=1))
+
+    def _late_rest(self, part: Part) -> None:
+        """Give back what a late window holds, once nobody reads or writes it."""
+        with self._lock:
+            if part.running or part.reading or part.returned:
+                return
+            part.returned = True
+        self._ended(part)
 
     def _join(self, rows: NDArray[np.intp]) -> None:
         """Wait for blocks that others fetch, then scatter them from memory."""
@@ -370,7 +511,11 @@ class Load:
 
 
 def windows(
-    store: Store, ids: Int32s, slots: Slots, numbers: Int32s
+    store: Store,
+    ids: Int32s,
+    slots: Slots,
+    numbers: Int32s,
+    window_bytes: Callable[[int], int] = lambda number: FETCH_BYTES,
 ) -> Iterator[tuple[NDArray[np.intp], int]]:
     """Cut what is not in memory into windows of one tier (-1: none has it) and one form each."""
     homes = store.homes(ids)
@@ -379,6 +524,19 @@ def windows(
         rows = np.flatnonzero(away & (homes == tier))
         for number in dict.fromkeys(numbers[rows].tolist()):
             mine = rows[numbers[rows] == number]
-            step = max(1, FETCH_BYTES // store.frame_bytes(number))
+            step = max(1, window_bytes(number) // store.frame_bytes(number))
             for at in range(0, len(mine), step):
                 yield mine[at : at + step], tier
+
+
+def pieces(header_bytes: int, segment_bytes: Sequence[int]) -> tuple[Piece, ...]:
+    """Cut a frame between layers, where those meet at a page, into PIECE_BYTES or more each."""
+    made: list[Piece] = []
+    first, start, at = 0, 0, header_bytes
+    for layer, nbytes in enumerate(segment_bytes):
+        at += nbytes
+        last = layer + 1 == len(segment_bytes)
+        if last or (at - start >= PIECE_BYTES and at % PAGE_BYTES == 0):
+            made.append(Piece((first, layer + 1), start, at))
+            first, start = layer + 1, at
+    return tuple(made)

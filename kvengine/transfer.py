@@ -135,7 +135,7 @@ class Job:
     """One table to move. `rows` are its blocks' places in the Transfer.
 
     digests: uint64[blocks, segments, 2], written by a save, read by a load. `keeps` is held
-    until the job is over: the arrays behind the addresses.
+    until the job is over: the arrays behind the addresses. `segments`: only these (None: all).
     """
 
     table: Table
@@ -143,6 +143,7 @@ class Job:
     rows: NDArray[np.intp]
     on_done: Callable[[NDArray[np.uint8]], None]
     keeps: object
+    segments: Range | None = None
 
 
 class Transfers:
@@ -221,7 +222,7 @@ class Transfers:
         *,
         loads: bool,
     ) -> None:
-        tasks = _tasks(job.table, self._workers.count)
+        tasks = _tasks(job.table, self._workers.count, job.segments)
         left = [len(tasks)]
         with self._lock:
             self._jobs += 1
@@ -258,19 +259,20 @@ class Transfers:
                 runs()
 
 
-def _tasks(table: Table, threads: int) -> list[tuple[Range, Range]]:
+def _tasks(table: Table, threads: int, chosen: Range | None = None) -> list[tuple[Range, Range]]:
     """Cut a table into two pieces a thread or more: layers first, blocks where layers are large.
 
-    Sizes are of the caller's bytes.
+    Sizes are of the caller's bytes. `chosen`: these segments only.
     """
     blocks, segments = len(table.frames), len(table.segments)
     segment_bytes = max(1, table.block_nbytes // segments)
+    first, end = chosen or (0, segments)
     low, high = TASK_BYTES
-    size = min(max(low, blocks * segments * segment_bytes // (2 * threads)), high)
+    size = min(max(low, blocks * (end - first) * segment_bytes // (2 * threads)), high)
     block_step = max(1, min(blocks, size // segment_bytes))
     segment_step = max(1, size // (segment_bytes * block_step))
     return [
-        ((b, min(b + block_step, blocks)), (s, min(s + segment_step, segments)))
-        for s in range(0, segments, segment_step)
+        ((b, min(b + block_step, blocks)), (s, min(s + segment_step, end)))
+        for s in range(first, end, segment_step)
         for b in range(0, blocks, block_step)
     ]

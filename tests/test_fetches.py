@@ -9,6 +9,7 @@ import pytest
 import kvengine
 import rig
 from kvengine.fetches import Fetches
+from kvengine.load import pieces
 
 OF = rig.layout()
 BLOCKS = 6
@@ -269,6 +270,120 @@ def test_prefetch_by_name_and_a_load_that_joins_it(engine, tier):
     engine.check()
 
 
+# A few layers at a time
+
+
+@pytest.fixture
+def layered(monkeypatch) -> None:
+    """Frames are cut between their two layers."""
+    monkeypatch.setattr("kvengine.load.PIECE_BYTES", 8 << 10)
+
+
+def same_layer(target, layer: int) -> bool:
+    return all(
+        np.array_equal(a.view(np.uint8), b.view(np.uint8))
+        for a, b in zip(target[layer], SOURCE[layer], strict=True)
+    )
+
+
+def test_the_first_layers_are_there_while_the_others_are_read(engine, tier, layered):
+    transfer, target = begin_load(engine)
+    assert [(span.start, span.stop) for span, _, _ in tier.reads] == [(0, 12 << 10)] * BLOCKS
+    tier.let_go()
+    assert transfer.wait_layer(0, rig.WAIT_S) and not transfer.done()
+    assert transfer.layer_good(0).all() and same_layer(target, 0)
+    assert not transfer.layer_good(1).any() and not same_layer(target, 1)
+    assert rig.poll(lambda: len(tier.reads) == BLOCKS)
+    assert {(span.start, span.stop) for span, _, _ in tier.reads} == {(12 << 10, 20 << 10)}
+    tier.let_go()
+    assert transfer.wait(rig.WAIT_S) and transfer.good.all() and is_right(target, range(BLOCKS))
+    assert engine.stats()["fetched_blocks"] == BLOCKS
+    engine.check()
+
+
+def test_a_layer_that_does_not_come(engine, tier, layered):
+    transfer, target = begin_load(engine)
+    tier.let_go(1, good=False)
+    tier.let_go()
+    assert rig.poll(lambda: len(tier.reads) == BLOCKS - 1)
+    tier.let_go(1, good=False)
+    tier.let_go()
+    assert transfer.wait(rig.WAIT_S) and transfer.good.tolist() == [False] * 2 + [True] * 4
+    assert transfer.layer_good(0).tolist() == [False] + [True] * 5
+    with engine.match(keys_of(engine)) as lease:
+        assert lease.blocks == BLOCKS and lease.in_memory == 0
+    assert engine.stats()["memory_blocks"] == 4
+    engine.check()
+
+
+def test_no_layer_comes(engine, tier, layered):
+    transfer, target = begin_load(engine)
+    tier.let_go(good=False)
+    assert transfer.wait(rig.WAIT_S) and not transfer.good.any() and is_right(target, [])
+    engine.check()
+
+
+@pytest.mark.parametrize("begun", [0, 1])
+def test_a_deadline_between_layers(engine, tier, layered, begun):
+    transfer, target = begin_load(engine, timeout_s=0.2)
+    if begun:
+        tier.let_go()
+        assert rig.poll(lambda: len(tier.reads) == BLOCKS)
+    assert transfer.wait(rig.WAIT_S) and not transfer.good.any()
+    assert transfer.layer_good(0).all() == bool(begun)
+    before = [tuple(array.copy() for array in layer) for layer in target]
+    assert engine._store._lent_pages > 0
+    tier.let_go()
+    assert rig.poll(lambda: engine._store._lent_pages == 0) and not tier.reads
+    assert all(
+        np.array_equal(a, b)
+        for x, y in zip(before, target, strict=True)
+        for a, b in zip((i.view(np.uint8) for i in x), (i.view(np.uint8) for i in y), strict=True)
+    )
+    tier.waiting = False
+    assert rig.check_right(engine, keys_of(engine), SOURCE).all()
+    engine.check()
+
+
+@pytest.mark.parametrize("damaged", [None, 0, 1])
+def test_layers_from_a_disk(tmp_path, layered, damaged):
+    with kvengine.open(f"mem://?size=4M | file://{tmp_path}?size=64M") as engine:
+        keys = keys_of(engine)
+        rig.save(engine, keys, SOURCE)
+    (segment,) = (tmp_path / "segments").iterdir()
+    if damaged is not None:
+        with segment.open("r+b") as file:
+            data = file.read()
+            layer = SOURCE[damaged][0].view(np.uint8)[3].tobytes()
+            at = data.index(layer)
+            file.seek(at)
+            file.write(bytes([data[at] ^ 1]))
+    with kvengine.open(f"mem://?size=4M | file://{tmp_path}?size=64M") as engine:
+        good = rig.check_right(engine, keys_of(engine), SOURCE)
+        assert good.tolist() == [damaged is None or block != 3 for block in range(BLOCKS)]
+        assert engine.stats()["corrupt_blocks"] == int(damaged is not None)
+        assert engine.stats()["fetched_blocks"] == good.sum()
+        engine.check()
+
+
+@pytest.mark.parametrize(
+    ("header", "layers", "cuts"),
+    [
+        (4 << 10, [64 << 10] * 32, [(0, 8), (8, 16), (16, 24), (24, 32)]),
+        (4 << 10, [1 << 20] * 3, [(0, 1), (1, 2), (2, 3)]),
+        (4 << 10, [1000] * 1200, [(0, 1024), (1024, 1200)]),
+        (4 << 10, [999_999] * 3, [(0, 3)]),
+        (8 << 10, [4096], [(0, 1)]),
+    ],
+)
+def test_frames_are_cut_between_layers_at_pages(header, layers, cuts):
+    found = pieces(header, layers)
+    assert [piece.layers for piece in found] == cuts
+    assert found[0].start == 0 and found[-1].stop == header + sum(layers)
+    assert all(one.stop == two.start for one, two in zip(found, found[1:], strict=False))
+    assert all(piece.start % 4096 == 0 for piece in found)
+
+
 def test_a_table_may_name_a_block_twice(engine, tier):
     keys = keys_of(engine)
     twice = keys.namespace.keys_of(keys.data[:32] * 2)
@@ -282,7 +397,7 @@ def test_a_table_may_name_a_block_twice(engine, tier):
 
 def test_loads_wait_for_their_share_of_memory(engine, tier, monkeypatch):
     """One block at a time is lent: the others wait, and all come."""
-    monkeypatch.setattr(engine._fetches, "_share_bytes", 1)
+    monkeypatch.setattr(engine._fetches, "share_bytes", 1)
     monkeypatch.setattr("kvengine.load.FETCH_BYTES", 1)
     transfer, target = begin_load(engine)
     for _ in range(BLOCKS):

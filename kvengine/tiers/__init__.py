@@ -24,11 +24,18 @@ Dropped = Callable[[Sequence[bytes]], None]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One frame to move. `frame` is arena memory: whole pages, the frame at its start."""
+    """One frame to move. `frame` is arena memory: whole pages, the frame at its start.
+
+    A read may ask for a part of it, from byte `start` to `stop` (None: the end), both whole pages.
+    The first part has the header; the others are asked for when that is there. A tier may read more
+    than it was asked for.
+    """
 
     key: bytes
     frame: memoryview
     nbytes: int
+    start: int = 0
+    stop: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +58,11 @@ def verify(span: Span) -> None:
     header = frame.decode(span.frame[: span.nbytes])
     if header.key != span.key or header.nbytes != span.nbytes:
         raise FrameError("a frame of another block, or of another size")
-    start = span.nbytes - header.payload_bytes
-    if bad := frame.verify_payload(header, span.frame[start : span.nbytes]):
+    payload_at = span.nbytes - header.payload_bytes
+    stop = span.nbytes if span.stop is None else span.stop
+    if bad := frame.verify_payload(
+        header, span.frame[payload_at : span.nbytes], span.start - payload_at, stop - payload_at
+    ):
         raise FrameError(f"the bytes of segments {bad} have changed")
 
 

@@ -355,12 +355,18 @@ class DiskTier:
         if place.segment.gone:
             return False
         try:
-            header = self._folder.read(*place, span.frame[: pages(span.nbytes)])
-            if header.kind == DROPPED:  # forgotten by a footer that is older
-                self._give_up(span.key, place)
-                return False
-            if header.key != span.key or header.frame_bytes != span.nbytes:
-                raise FrameError("a slot with another block")
+            stop = span.nbytes if span.stop is None else min(span.stop, span.nbytes)
+            target = span.frame[span.start : pages(stop)]
+            if span.start:
+                segment, slot, _ = place
+                self._folder.read_on(segment, slot, target, span.start, stop - span.start)
+            else:
+                header = self._folder.read(*place, target, stop)
+                if header.kind == DROPPED:  # forgotten by a footer that is older
+                    self._give_up(span.key, place)
+                    return False
+                if header.key != span.key or header.frame_bytes != span.nbytes:
+                    raise FrameError("a slot with another block")
             verify(span)
             return True
         except FrameError:

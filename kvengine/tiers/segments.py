@@ -214,10 +214,18 @@ class Segments:
         self._all(put, PAGE_BYTES + want)
         return header
 
-    def read(self, segment: Segment, slot: int, sequence: int, target: memoryview) -> SlotHeader:
-        """Read a frame into whole pages; its payload is the caller's to verify.
+    def read(
+        self,
+        segment: Segment,
+        slot: int,
+        sequence: int,
+        target: memoryview,
+        want: int | None = None,
+    ) -> SlotHeader:
+        """Read a frame, or its first bytes, into whole pages; the caller verifies the payload.
 
-        Raises FrameError where the slot holds anything but what was written to it.
+        Raises FrameError where the slot holds anything but what was written to it, or less than
+        `want` bytes (None: the frame) are there.
         """
         page = blank_page()
         offset = segment.geometry.offset(slot)
@@ -227,11 +235,22 @@ class Segments:
         if found is None or not self._belongs(found, segment, slot) or found.sequence != sequence:
             raise FrameError("a slot header that does not belong here")
         if found.kind == BLOCK:
-            if min(got - PAGE_BYTES, len(target)) < found.frame_bytes:
-                raise FrameError(f"read {got} bytes, the frame has {found.frame_bytes}")
+            want = found.frame_bytes if want is None else want
+            if min(got - PAGE_BYTES, len(target)) < want:
+                raise FrameError(f"read {got} bytes, expected {want}")
             if found.frame_digest != frame.header_digest(target[: found.frame_bytes]):
                 raise FrameError("a frame that is not the one its slot header names")
         return found
+
+    def read_on(
+        self, segment: Segment, slot: int, target: memoryview, start: int, want: int
+    ) -> None:
+        """Read pages from byte `start` of a frame on. Raises FrameError where `want` are not."""
+        offset = segment.geometry.offset(slot) + PAGE_BYTES + start
+        with self._handles.of(segment.path) as handle:
+            got = whole(self._files.read, handle, [target], offset)
+        if got < want:
+            raise FrameError(f"read {got} bytes, expected {want}")
 
     def blank(self, segment: Segment, slot: int, sequence: int) -> None:
         """Write over a slot header that its block was dropped, so that no scan brings it back."""
