@@ -317,7 +317,8 @@ class Engine:
         self.metrics.set("bytes", stats["memory_bytes"], tier="memory")
         for tier in self._tiers:
             self.metrics.set("blocks", stats[f"{tier.name}_blocks"], tier=tier.name)
-            self.metrics.set("bytes", tier.nbytes, tier=tier.name)
+            if not tier.remote:
+                self.metrics.set("bytes", tier.nbytes, tier=tier.name)
         for name in (
             "lookup_blocks",
             "hit_blocks",

@@ -105,6 +105,15 @@ def test_remembers_for_a_moment_until_told_to_forget():
     assert tier.asked == [1, 1, 1, 2]
 
 
+def test_long_prompts_are_asked_for_in_growing_windows():
+    keys = [bytes([number % 256, number // 256]) for number in range(5000)]
+    for known, asked in ((0, [128]), (127, [128]), (128, [128, 1024]), (5000, [128, 1024, 3848])):
+        tier = DictTier("t")
+        tier.held = dict.fromkeys(keys[:known], b"1")
+        found = finder(tier, now=[0.0]).find(keys, [1])
+        assert (found[:, 0] == 0).sum() == known and tier.asked == asked
+
+
 def test_no_answer_is_not_remembered():
     tier = DictTier("t")
     asking = finder(tier, now=[0.0])

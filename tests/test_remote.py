@@ -260,6 +260,19 @@ def test_what_is_dropped_is_gone_before_it_is_deleted(rigged):
     assert sorted(rigged.client.held) == sorted("p/" + keys[index].hex() for index in (0, 2))
 
 
+def test_a_deletion_that_fails_once_is_made_up_for(rigged):
+    rigged.write(frames_of(2))
+    failing = rigged.client.delete
+
+    def once(names: Sequence[str], until: float) -> None:
+        rigged.client.delete = failing
+        raise ConnectionError("ended")
+
+    rigged.client.delete = once
+    rigged.tier.drop([key_of(1)])
+    assert rig.poll(lambda: len(rigged.client.held) == 1)
+
+
 def test_a_block_that_is_being_deleted_is_written_after_that():
     rigged = Rigged(threads=2)
     try:

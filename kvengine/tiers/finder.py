@@ -1,8 +1,9 @@
 """What remote tiers hold, asked a table at a time and remembered for a moment.
 
 Memory and disk are known to the index. A store that others write to as well is asked: one pipelined
-round trip a table and tier, with a deadline, under no lock of the store. Schedulers ask for the
-same prompt many times in a row, so answers are kept for a second or so, the bad ones as well.
+round trip a table and tier (a few for thousands of blocks), with a deadline, under no lock of the
+store. Schedulers ask for the same prompt many times in a row, so answers are kept for a second or
+so, the bad ones as well.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from kvengine.tiers import Tier
 
 REMEMBER_S = 1.0
 ANSWERS_MAX = 1 << 16
+# A prompt that no one has seen costs one window; a long one that all have seen a few round trips.
+WINDOW, GROWTH = 128, 8
 NOWHERE = -1
 
 
@@ -51,18 +54,18 @@ class Finder:
     def find(self, keys: Sequence[bytes], nbytes: Sequence[int]) -> Int32s:
         """Return the first tier that holds a frame of one of the sizes for each key.
 
-        int32[n, 2]: the tier's number or -1, and the index of the size.
+        int32[n, 2]: the tier's number or -1, and the index of the size. Keys are those of a prompt,
+        in order: they are asked for in growing windows, until one holds a key that is nowhere.
         """
         found = np.full((len(keys), 2), NOWHERE, dtype=np.int32)
         deadline = self._clock() + self._find_s
-        for number, tier in self._tiers:
-            left = np.flatnonzero(found[:, 0] < 0)
-            if len(left):
-                sizes = self._sizes(
-                    number, tier, [keys[index] for index in left.tolist()], deadline
-                )
-                for index, size in enumerate(nbytes):
-                    found[left[sizes == size]] = (number, index)
+        first, step = 0, WINDOW
+        while first < len(keys):
+            window = found[first : first + step]
+            self._ask(keys[first : first + step], nbytes, deadline, window)
+            if (window[:, 0] < 0).any():
+                break
+            first, step = first + step, step * GROWTH
         return found
 
     def forget(self, keys: Sequence[bytes]) -> None:
@@ -75,6 +78,18 @@ class Finder:
     def detach(self) -> None:
         """After a fork, in the child: the lock may be held by a thread that is not here."""
         self._lock = threading.Lock()
+
+    def _ask(
+        self, keys: Sequence[bytes], nbytes: Sequence[int], deadline: float, found: Int32s
+    ) -> None:
+        """Ask each tier for what the ones before it lack; fill `found` as `find` says."""
+        for number, tier in self._tiers:
+            left = np.flatnonzero(found[:, 0] < 0)
+            if len(left):
+                asked = [keys[index] for index in left.tolist()]
+                sizes = self._sizes(number, tier, asked, deadline)
+                for index, size in enumerate(nbytes):
+                    found[left[sizes == size]] = (number, index)
 
     def _sizes(
         self, number: int, tier: Tier, keys: Sequence[bytes], deadline: float

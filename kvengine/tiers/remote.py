@@ -357,6 +357,7 @@ class RemoteTier:
             done = True
         except OSError as error:
             self._failed(error)
+            self._mend()  # and deletes then
         finally:
             with self._lock:
                 self._deleting = frozenset()

@@ -368,6 +368,13 @@ def _ranges(reply: Reply, host: str) -> list[tuple[int, int, Address]]:
             raise ConnectionError("a list of hash slots that cannot be read")
         # A node that does not know its own name says none: it is the one that was asked.
         found.append(
-            (first, last, (name.decode() if isinstance(name, bytes) and name else host, port))
+            (
+                first,
+                last,
+                (
+                    name.decode("utf-8", "replace") if isinstance(name, bytes) and name else host,
+                    port,
+                ),
+            )
         )
     return found
