@@ -448,9 +448,12 @@ class Mover:
 
 
 def like_keys(random: np.random.Generator) -> npt.NDArray[np.uint16]:
-    """Make bf16 words as K has them: Gaussian, with a scale of its own for each of 128 channels."""
-    values = random.standard_normal((1 << 16, 128), np.float32)
-    values *= np.exp(random.normal(0, 0.7, 128)).astype(np.float32)
+    """Make bf16 words as K has them: Gaussian, with a scale of its own for each of 64 channels.
+
+    The channels of a token are a multiple of 64 in every shape, so each keeps its scale.
+    """
+    values = random.standard_normal((1 << 17, 64), np.float32)
+    values *= np.exp(random.normal(0, 0.7, 64)).astype(np.float32)
     return (values.view(np.uint32) >> 16).astype(np.uint16).reshape(-1)
 
 

@@ -43,6 +43,7 @@ from kvengine.kernels.rows import (
 ELEMENTS = 8192  # of a tile at most: it is worked on in the nearest cache, or in registers
 TOKENS_MAX = 64  # of a tile: exponents of a channel drift apart over more
 GROUP = 8  # elements whose codes lie together; a head's dim is a multiple of it
+WIDE = 64  # channels of a tile are a multiple of it, but for the last: vectors are whole
 STRIPE = 64  # bytes: a tile's size is a multiple of it, so that copying and hashing it is aligned
 ESCAPE = 7
 SHORT_NBYTES = 240  # of a segment that has another form of the digest: it takes the plain path
@@ -68,7 +69,8 @@ def tiles(tokens: int, channels: int) -> Int64s:
             f"one token, and channels that are a multiple of {GROUP}"
         )
     step = -(-tokens // -(-tokens // TOKENS_MAX))  # as even as can be
-    width = ELEMENTS // (1 << (step - 1).bit_length())
+    pieces = -(-channels * (1 << (step - 1).bit_length()) // ELEMENTS)
+    width = -(-channels // (pieces * WIDE)) * WIDE
     rows, at = [], 0
     for channel in range(0, channels, width):
         for token in range(0, tokens, step):

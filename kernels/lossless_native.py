@@ -30,6 +30,7 @@ WIDE = 64  # elements of a vector
 ESCAPE = 7
 OVERFULL = np.uint8(3)
 TILE_NBYTES = 2 * (8192 + WIDE)  # of a tile at most, coded or not, and slack behind it
+TOKENS_MAX = 64  # of a tile
 COMMON = 2  # escapes of a vector: those of K and V are 1 or 2 on average
 
 
@@ -189,12 +190,11 @@ def _trailing_zeros(typing: Any, value: Any) -> Any:
 
 @register_jitable
 def _code_tile(
-    words: Any, coded: Any, tokens: int, channels: int, size: int, ahead: int, step: int
+    words: Any, coded: Any, tokens: int, channels: int, size: int, ahead: Any, nbytes: int
 ) -> bool:
     """Code words[tokens * channels] to coded[:size]; return whether the escapes have room.
 
-    `ahead` is the row that will be read next, `step` bytes before the one after it: they are
-    fetched meanwhile.
+    `ahead` is where each row of the next tile lies, of `nbytes` bytes: they are fetched meanwhile.
     """
     count = tokens * channels
     source, target = words.ctypes.data, coded.ctypes.data
@@ -206,12 +206,15 @@ def _code_tile(
         _tops_group(source + 2 * channel, 2 * channels, tokens, tops + channel)
     at = count // 8 * 11 + channels
     for token in range(tokens):
+        following = ahead[token]
+        for offset in range(2 * whole, nbytes, STRIPE):
+            _fetch(following + offset)
         channel = 0
         while channel < channels:
             i = token * channels + channel
             if channel < whole:
-                _fetch(ahead + 2 * channel)
-                _fetch(ahead + 2 * channel + STRIPE)
+                _fetch(following + 2 * channel)
+                _fetch(following + 2 * channel + STRIPE)
                 far = _code_wide(
                     source + 2 * i, tops + channel, target + i, low + i // 4, high + i // 8
                 )
@@ -231,7 +234,6 @@ def _code_tile(
                 coded[min(at, size)] = words[i + _trailing_zeros(far)] >> 7
                 at += 1
                 far &= far - 1
-        ahead += step
     coded[at:size] = 0
     return at <= size
 
@@ -277,11 +279,27 @@ def _decode_tile(coded: Any, words: Any, tokens: int, channels: int, size: int) 
 
 
 @register_jitable
-def _row(row: Any, offsets: Any, n: int, token: int, channel: int) -> int:
-    """Return where an element lies in the cache."""
+def _token(row: Any, offsets: Any, n: int, token: int) -> int:
+    """Return where a token's first element lies in the cache."""
     unit = token if offsets.shape[2] > 1 else 0
-    head, within = channel // row[5], channel % row[5]
-    return int(row[0] + offsets[row[1], n, unit] + token * row[2] + head * row[3] + 2 * within)
+    return int(row[0] + offsets[row[1], n, unit] + token * row[2])
+
+
+@register_jitable
+def _place(row: Any, channel: int) -> int:
+    """Return how far from a token's first element another one lies, in bytes."""
+    head = channel // row[5]
+    return int(head * row[3] + 2 * (channel - head * row[5]))
+
+
+@register_jitable
+def _look_ahead(row: Any, offsets: Any, n: int, tile: Any, ahead: Any) -> int:
+    """Say where the rows of a tile lie, and return the bytes of each."""
+    place = _place(row, tile[2])
+    for token in range(tile[1]):
+        ahead[token] = _token(row, offsets, n, tile[0] + token) + place
+    ahead[tile[1] :] = ahead[0]
+    return int(2 * tile[3])
 
 
 @register_jitable
@@ -289,14 +307,17 @@ def _move_tile(
     row: Any, offsets: Any, n: int, tile: Any, words: int, gather: bool, stream: bool
 ) -> None:
     """Copy a tile's rows between the cache and `words`, [tokens, channels] at an address."""
-    end = tile[2] + tile[3]
+    apart = row[3] != 2 * row[5]  # heads that lie apart are copied one by one
+    first, end = tile[2], tile[2] + tile[3]
+    place = _place(row, first)
     for token in range(tile[0], tile[0] + tile[1]):
-        channel = tile[2]
+        start = _token(row, offsets, n, token)
+        channel, count = first, tile[3]
         while channel < end:
-            count = end - channel
-            if row[3] != 2 * row[5]:  # heads that lie apart
-                count = min(row[5] - channel % row[5], count)
-            cache = _row(row, offsets, n, token, channel)
+            if apart:
+                place = _place(row, channel)
+                count = min(row[5] - channel % row[5], end - channel)
+            cache = start + place
             if gather:
                 native._copy(cache, words, 2 * count)
             elif stream and (cache | 2 * count) % STRIPE == 0:
@@ -333,16 +354,16 @@ def _segment(
     plans: Any,
     n: int,
     payload: int,
-    following: int,
+    following: Any,
     scratch: Any,
     encode: bool,
     stream: bool,
 ) -> Any:
     """Code and hash one segment of block n; return (low, high, whether all escapes had room).
 
-    `following` is where the caller will read next in the cache.
+    `following` is the block that the caller will code next, and its first component.
     """
-    acc, words, coded = scratch
+    acc, words, coded, ahead = scratch
     acc[:] = START
     state = acc.ctypes.data
     stripe, stripes, fits = 0, segment[3] // STRIPE, True
@@ -354,13 +375,13 @@ def _segment(
             frame, count = payload + row[7] + tile[4], tile[5] // STRIPE
             final = stripe + count == stripes
             if encode:
-                ahead = following
                 if i + 1 < last:
-                    ahead = _row(row, offsets, n, tiles[i + 1, 0], tiles[i + 1, 2])
-                elif c + 1 < end:
-                    ahead = _row(components[c + 1], offsets, n, 0, 0)
+                    nbytes = _look_ahead(row, offsets, n, tiles[i + 1], ahead)
+                else:
+                    m, d = (n, c + 1) if c + 1 < end else following
+                    nbytes = _look_ahead(components[d], offsets, m, tiles[plans[d, 0]], ahead)
                 _move_tile(row, offsets, n, tile, words.ctypes.data, True, False)
-                fits &= _code_tile(words, coded, tile[1], tile[3], tile[5], ahead, row[2])
+                fits &= _code_tile(words, coded, tile[1], tile[3], tile[5], ahead, nbytes)
                 _hash_tile(state, coded.ctypes.data, frame, stripe, count, final, stream)
             else:
                 _hash_tile(state, frame, coded.ctypes.data, stripe, count, final, False)
@@ -372,21 +393,13 @@ def _segment(
 
 
 @register_jitable
-def _following(
-    components: Any, offsets: Any, segments: Any, n: int, s: int, first: int, end: Any
-) -> int:
-    """Return where in the cache the segment begins that comes after segment s of block n."""
-    n, s = (n, s + 1) if s + 1 < end[1] else (n + 1, first)
-    return _row(components[segments[s, 0]], offsets, n, 0, 0) if n < end[0] else 0
-
-
-@register_jitable
 def _scratch(stamp: int) -> Any:
-    """Return memory for a hash's state, a tile's words and its coded bytes."""
+    """Return memory for a hash's state, a tile's words, its coded bytes, and addresses of rows."""
     whole = np.empty(2 * TILE_NBYTES + STRIPE, np.uint8)
     skip = -whole.ctypes.data % STRIPE  # to the begin of a cache line
     words = whole[skip : skip + TILE_NBYTES].view(np.uint16)
-    return np.full(8, stamp, np.uint64), words, whole[skip + TILE_NBYTES :]
+    ahead = np.empty(TOKENS_MAX, np.int64)
+    return np.full(8, stamp, np.uint64), words, whole[skip + TILE_NBYTES :], ahead
 
 
 _TABLES = (
@@ -426,8 +439,8 @@ def _entries(stamp: int) -> Any:
         scratch = _scratch(stamp)
         for n in range(first_block, last_block):
             for s in range(first_segment, last_segment):
-                end = (last_block, last_segment)
-                following = _following(components, offsets, segments, n, s, first_segment, end)
+                m, t = (n, s + 1) if s + 1 < last_segment else (n + 1, first_segment)
+                following = (min(m, last_block - 1), segments[t, 0])
                 low, high, fits = _segment(
                     components,
                     offsets,
@@ -473,7 +486,7 @@ def _entries(stamp: int) -> Any:
                     plans,
                     n,
                     frames[n],
-                    0,
+                    (n, 0),
                     scratch,
                     False,
                     stream,
