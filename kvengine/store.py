@@ -198,10 +198,12 @@ class Store:
         now = self._clock()
         with self._lock:
             self._sweep(now)
-            if found is not None:
-                self._take_in(keys, found)
+            entered = EMPTY if found is None else self._take_in(keys, found)
             ids, in_memory = self._prefix(keys)
             self._policy.held(self._index.lease(ids))
+            if len(entered):
+                # Beyond a block that is being filled now: nobody leases them.
+                self._discard(entered[~np.isin(entered, ids)])
             lease = Lease(keys, ids, in_memory, now + self._lease_s, self.release)
             if len(ids):
                 self._leases[lease.token] = lease
@@ -638,14 +640,17 @@ class Store:
         nowhere: Bools = self._index.tiers(ids) & ~self._remote_bits == 0
         return nowhere
 
-    def _take_in(self, keys: BlockKeys, found: Int32s) -> None:
-        """Enter the leading blocks that remote tiers hold; whoever leases them keeps them here."""
+    def _take_in(self, keys: BlockKeys, found: Int32s) -> Int32s:
+        """Enter the leading blocks that remote tiers hold; whoever leases them keeps them here.
+
+        Returns the ids of those that are new.
+        """
         number = keys.namespace.number
         present = self._present(self._index.find(keys.words), number)[0]
         count = _leading(present | (found[:, 0] >= 0))
         rows = np.flatnonzero(found[:count, 0] >= 0)
         if not len(rows):
-            return
+            return EMPTY
         ids, fresh = self._index.claim(np.ascontiguousarray(keys.words[rows]))
         self._index.rows[ids[fresh]] = (NO_SLOT, 0, number, COMMITTED)
         self._index.rows[ids[fresh], NAMESPACE] = found[rows[fresh], 1]
@@ -653,6 +658,7 @@ class Store:
         known &= self._index.rows[ids, NAMESPACE] == found[rows, 1]  # nor those of another form
         for tier in set(found[rows, 0].tolist()):
             self._index.add_tier(ids[known & (found[rows, 0] == tier)], tier)
+        return ids[fresh]
 
     def _give_slots(self, ids: Int32s) -> bool:
         """Give entries' slots back to the arena. Returns whether they had several sizes."""

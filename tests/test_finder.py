@@ -187,6 +187,22 @@ def test_what_is_found_is_not_saved_again(monkeypatch):
         engine.check()
 
 
+def test_what_lies_beyond_a_block_being_filled_does_not_stay_in_the_index(monkeypatch):
+    far = DictTier("far")
+    with open_over(monkeypatch, far) as engine:
+        assert engine.save(keys_of(engine), SOURCE, np.arange(BLOCKS)).wait()
+        assert engine.flush()
+    with open_over(monkeypatch, DictTier("far", held=far.held)) as engine:
+        keys = keys_of(engine)
+        filling = engine._store.reserve(keys[2:3])
+        with engine.match(keys) as lease:
+            assert lease.blocks == 2
+            assert engine.stats()["blocks"] == 2
+        assert engine.stats()["blocks"] == 0
+        engine._store.abort(filling)
+        engine.check()
+
+
 def test_a_hole_is_found_and_what_follows_it_is_in_memory(monkeypatch):
     remote = DictTier("far")
     with open_over(monkeypatch, remote) as engine:
