@@ -136,8 +136,9 @@ class Namespace:
         keyed by the root, so tenants and models stay apart. `position` is the index of the first
         in its prompt, `parent` the hash before it, where known. Raises BadKey for shorter ones.
         """
-        if not 0 <= position < 1 << 32:
-            raise BadKey(f"a block's position lies in 0..2**32-1, got {position}")
+        last = position + max(0, len(hashes) - 1)
+        if not 0 <= position <= last < 1 << 32:
+            raise BadKey(f"a block's position lies in 0..2**32-1, got {position}..{last}")
         for index, value in enumerate(hashes if parent is None else [*hashes, parent]):
             if len(value) < KEY_BYTES:
                 name = f"hash {index}" if index < len(hashes) else "the parent's hash"

@@ -333,7 +333,7 @@ def test_short_hashes_are_refused(short):
         names().keys_of_hashes([bytes(32)], 1, parent=short)
 
 
-@pytest.mark.parametrize("position", [-1, 2**32])
+@pytest.mark.parametrize("position", [-1, 2**32 - 1, 2**32])
 def test_a_position_that_no_header_holds_is_refused(position):
     with pytest.raises(BadKey, match=f"got {position}"):
         names().keys_of_hashes(HASHES, position)
