@@ -54,7 +54,7 @@ class Clock:
 class Shelf:
     """A tier in a dict. Reads and writes are the machine's: it decides when, and whether."""
 
-    name, remote = "disk", False
+    name, remote, away = "disk", False, False
 
     def __init__(self) -> None:
         self.frames: dict[bytes, bytes] = {}
