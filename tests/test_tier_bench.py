@@ -19,7 +19,7 @@ def bench(monkeypatch):
 
 def test_rows_of_the_disk(bench, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    for name, small in (("TABLES", 1), ("READS_MIN", 20), ("SLOTS", 2000)):
+    for name, small in (("TABLES", 1), ("READS_MIN", 20), ("SLOTS", 2000), ("PROMPT", 4)):
         monkeypatch.setattr(bench, name, small)
     rows = {(row.case, row.metric): row for row in bench.run(argparse.Namespace(rounds=9))}
     for case in ("disk durable write 2MiB", "disk cold read 2MiB"):
@@ -29,4 +29,5 @@ def test_rows_of_the_disk(bench, monkeypatch, tmp_path):
     assert rows["disk recover 1M slots", "slots"].value == 2000
     twice = rows["cyclic scan 2x memory", "bytes_written_twice"]
     assert twice.value == 0 and twice.matches_reference
+    assert rows["disk load 2MiB x4", "first_layer_at"].matches_reference
     assert not list(tmp_path.iterdir())

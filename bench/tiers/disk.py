@@ -37,6 +37,7 @@ TABLES = 6  # a round writes or reads so many tables
 READS_MIN = 2000
 DEADLINE_S = 600.0
 SLOTS = 1_000_000
+PROMPT = 48
 LAYOUT = Layout(
     layers=32, kv_heads=8, head_dim=128, head_dim_v=128, dtype="float16", block_tokens=16
 )
@@ -49,6 +50,7 @@ def run(options: argparse.Namespace) -> list[Row]:
             *transfers(Path(folder), options.rounds),
             *recovery(Path(folder) / "large"),
             *cyclic_scan(Path(folder) / "scan"),
+            *first_layer(Path(folder) / "layers", options.rounds),
         ]
 
 
@@ -353,6 +355,48 @@ def cyclic_scan(folder: Path) -> list[Row]:
         row(case, "bytes_written_twice", "bytes", Spread(twice, twice, twice, 1), matches=good),
         row(case, "blocks_written", "blocks", Spread(demoted, demoted, demoted, 1)),
         row(case, "blocks_fetched", "blocks", Spread(fetched, fetched, fetched, 1)),
+    ]
+
+
+def first_layer(folder: Path, rounds: int) -> list[Row]:
+    """Load a prompt from disk: when is its first layer there, and when all of it?"""
+    draw, shape = np.random.default_rng(0), (PROMPT, 16, 8, 128)
+    source = [
+        tuple(draw.integers(0, 1 << 15, shape, np.int16).view(np.float16) for _ in "kv")
+        for _ in range(LAYOUT.layers)
+    ]
+    target = [tuple(np.zeros_like(each) for each in pair) for pair in source]
+    first: list[float] = []
+    with kvengine.open(f"mem://?size=512M | file://{folder}?size=2G") as engine:
+        keys = engine.namespace(model="bench", layout=LAYOUT).keys(np.arange(PROMPT * 16))
+        engine.save(keys, source, np.arange(PROMPT)).wait()
+        engine.flush()
+        engine.warm()
+        good = True
+
+        def load() -> float:
+            nonlocal good
+            engine.squeeze(0)
+            start = time.perf_counter()
+            with engine.match(keys) as lease:
+                transfer = engine.load(lease, target, np.arange(lease.blocks))
+            transfer.wait_layer(0)
+            first.append(time.perf_counter() - start)
+            transfer.wait()
+            good &= transfer.blocks == PROMPT
+            return time.perf_counter() - start
+
+        took = interleave({"load": load}, rounds, warmup=1)["load"]
+    good &= all(
+        np.array_equal(a.view(np.int16), b.view(np.int16))
+        for pair, twin in zip(source, target, strict=True)
+        for a, b in zip(pair, twin, strict=True)
+    )
+    case = f"disk load 2MiB x{PROMPT}"
+    shares = spread([early / whole for early, whole in zip(first[-len(took) :], took, strict=True)])
+    return [
+        row(case, "ms", "ms", spread([seconds * 1e3 for seconds in took]), matches=good),
+        row(case, "first_layer_at", "ratio", shares, 1.0, good),
     ]
 
 
