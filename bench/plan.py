@@ -2,8 +2,8 @@
 
 Requests play against one tier below the GPU that holds a tenth of the unique blocks by LRU, leaves
 first. Theirs writes every block and fetches every hit. Ours asks `kvengine.plan`, which knows only
-what it has measured so far: each duration is drawn around the truth (lognormal, a spread of 10 % for
-compute and 30 % for fetches, one fetch in fifty takes ten times as long), the same for both. A
+what it has measured so far: each duration is drawn around the truth (lognormal, a spread of 10 %
+for compute and 30 % for fetches, one fetch in fifty takes ten times as long), the same for both. A
 prefill takes 2 * active + attention * position operations a token at 450 TFLOP/s, and 5 ms a call.
 A row matches where ours saves at least as much as theirs.
 

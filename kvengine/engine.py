@@ -21,9 +21,9 @@ import numpy as np
 from kvengine.arena import Arena
 from kvengine.cache import PagedCache
 from kvengine.codec import EXACT, forms_of
-from kvengine.compiled import Int32s
+from kvengine.compiled import Int32s, Int64s
 from kvengine.config import Config
-from kvengine.errors import ClosedError, LayoutError
+from kvengine.errors import ClosedError, ConfigError, LayoutError
 from kvengine.fetches import Fetches
 from kvengine.kernels import launch
 from kvengine.keys import FORMAT_VERSION, BlockKeys, Identity, Namespace
@@ -32,6 +32,7 @@ from kvengine.lease import Bools, Lease
 from kvengine.load import Load
 from kvengine.metrics import Metrics
 from kvengine.pin import Pin
+from kvengine.plan import MEMORY, Costs
 from kvengine.policy.lru import LRU
 from kvengine.prefetch import prefetch
 from kvengine.save import Save
@@ -88,6 +89,7 @@ class Engine:
         ]
         self._fetches = Fetches(arena.nbytes // FETCH_SHARE, time.monotonic)
         self._finder = Finder(self._tiers, time.monotonic, config.find_s)
+        self._costs = Costs()
         self._pin: Pin | None = None
         self._ready = threading.Event()
         self._populating = threading.Thread(
@@ -180,8 +182,12 @@ class Engine:
             return np.zeros(len(keys), dtype=np.bool_)
         return self._held(keys)
 
-    def match(self, keys: BlockKeys) -> Lease:
+    def match(self, keys: BlockKeys, *, split: bool = False) -> Lease:
         """Hold the leading blocks that are here or in a tier, for a `load`.
+
+        The lease's `worth` names the blocks to load, where `observe_prefill` has said what
+        computing takes; with `split` it may leave out the first ones as well: compute them while
+        the others arrive.
 
         Release the lease (or leave its `with` block) when the load has been enqueued: the transfer
         keeps its own hold. A lease that nobody releases ends after `lease_s`.
@@ -192,12 +198,30 @@ class Engine:
         self.metrics.add("lookup_blocks", len(keys))
         if lease.in_memory:
             self.metrics.add("hit_blocks", lease.in_memory, tier="memory")
+        homes = np.full(lease.blocks, MEMORY, dtype=np.int32)
         if lease.blocks > lease.in_memory:
-            homes = self._store.served(lease.ids[lease.in_memory :])
-            for number in set(homes.tolist()):
+            away = homes[lease.in_memory :] = self._store.served(lease.ids[lease.in_memory :])
+            for number in set(away.tolist()):
                 name = "memory" if number < 0 else self._tiers[number].name
-                self.metrics.add("hit_blocks", int((homes == number).sum()), tier=name)
+                self.metrics.add("hit_blocks", int((away == number).sum()), tier=name)
+        if lease.blocks and self._costs.active:
+            self._plan(lease, homes, split)
         return lease
+
+    def observe_prefill(
+        self, namespace: Namespace, position: int, tokens: int, seconds: float
+    ) -> None:
+        """Tell how long a model took to compute `tokens` of one prompt after `position` others.
+
+        From the first of these on `match` says what is worth fetching; tiers are measured by the
+        engine itself. Raises ConfigError for what cannot be.
+        """
+        if not (position >= 0 and tokens > 0 and 0 < seconds < 1e6):
+            raise ConfigError(
+                f"observe_prefill: given {tokens} tokens after {position} in {seconds} s, expected "
+                "at least one token and a time above 0"
+            )
+        self._costs.computed(_model(namespace), position, tokens, seconds)
 
     # Moving
 
@@ -223,6 +247,8 @@ class Engine:
         transfer = Transfer(count, layout.layers)
         if not count or self._gone(keys) or not self._transfers.begin(transfer):
             return self._refuse(transfer)
+        if self._costs.active and self._tiers:
+            self._spare(keys.namespace)
         parts = (self._store, self._transfers, self._finder, self.metrics, self._saved)
         Save(*parts, transfer, keys, cache, table, mapping).start()
         return transfer
@@ -259,6 +285,9 @@ class Engine:
             return self._refuse(transfer)
         keys = lease.keys[first : first + count]
         deadline = time.monotonic() + (self.config.fetch_s if timeout_s is None else timeout_s)
+        if self._costs.active:
+            homes = self._store.served(ids)
+            transfer.then = partial(self._loaded, keys, homes, time.monotonic())
         parts = (self._store, self._transfers, self._tiers, self._fetches, deadline)
         Load(*parts, transfer, keys, ids, numbers, cache, table, mapping).start(slots)
         if first + count < lease.blocks:
@@ -481,6 +510,39 @@ class Engine:
         self._pump()
         self._store.make_room(keys.namespace, count)
 
+    def _plan(self, lease: Lease, homes: Int32s, split: bool) -> None:
+        """Say which blocks of a lease are sooner fetched than computed."""
+        namespace = lease.keys.namespace
+        nbytes = np.full(lease.blocks, self._store.frame_bytes(namespace.number), dtype=np.int64)
+        tokens, position = namespace.layout.block_tokens, lease.keys.position
+        plan = self._costs.plan(_model(namespace), homes, nbytes, tokens, position, split)
+        lease.worth = range(plan.first, plan.stop)
+        self.metrics.add("plan_decisions", 1, reason=plan.reason)
+
+    def _spare(self, namespace: Namespace) -> None:
+        """Write no blocks to tiers from which none would be fetched."""
+        about = (self._store.frame_bytes(namespace.number), namespace.layout.block_tokens)
+        bits = sum(
+            1 << number
+            for number in range(len(self._tiers))
+            if not self._costs.pays(_model(namespace), number, *about)
+        )
+        self._store.spare(namespace.number, bits)
+
+    def _loaded(self, keys: BlockKeys, homes: Int32s, start: float, good: Bools) -> None:
+        """Measure a load that has ended, where all of it came from memory and one tier at most."""
+        seconds, namespace = time.monotonic() - start, keys.namespace
+        tiers = sorted(set(homes.tolist()) - {MEMORY}) or [MEMORY]
+        if good.all() and len(tiers) == 1:
+            count = int((homes == tiers[0]).sum())
+            nbytes = count * self._store.frame_bytes(namespace.number)
+            self._costs.fetched(tiers[0], nbytes, seconds)
+        edges: Int64s = keys.position + np.arange(len(keys) + 1)
+        computing = self._costs.prefill_s(_model(namespace), edges * namespace.layout.block_tokens)
+        if computing is not None:
+            saved = float(np.diff(computing)[good].sum()) - seconds
+            self.metrics.add("saved_prefill_seconds", max(0.0, saved))
+
     def _pump(self) -> None:
         """Give every tier the next committed blocks."""
         for writer in self._writers:
@@ -510,6 +572,11 @@ class Engine:
         found[lacking, 0] = answers[:, 0]
         found[lacking, 1] = np.array(numbers, dtype=np.int32)[answers[:, 1]]
         return found
+
+
+def _model(namespace: Namespace) -> tuple[str, bytes]:
+    """Return what the cost of computing depends on."""
+    return namespace.identity.model, namespace.identity.layout
 
 
 def _watch(engine: Engine) -> Callable[[], None]:

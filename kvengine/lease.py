@@ -23,7 +23,9 @@ class Lease:
     """Leading blocks of a prompt, held until released or past their deadline.
 
     `blocks` counts those held, in memory and in tiers together; `in_memory` the leading ones that
-    are in memory. A context manager; `release` is idempotent and safe from any thread.
+    are in memory. `worth` names those that are sooner fetched than computed: all of them, as long
+    as the engine was not told what computing takes. A context manager; `release` is idempotent and
+    safe from any thread.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class Lease:
         self.keys = keys
         self.blocks = len(ids)
         self.in_memory = in_memory
+        self.worth = range(len(ids))
         self.deadline = deadline
         self.token = os.urandom(16)
         self.ids = ids

@@ -47,6 +47,13 @@ TABLE = (
         "Blocks a tier was too slow for",
     ),
     Series("kvengine_fetched_blocks_total", "counter", ("tier",), "Blocks read from a tier"),
+    Series(
+        "kvengine_saved_prefill_seconds_total",
+        "counter",
+        (),
+        "Seconds of computing that loads made unnecessary, less what they took",
+    ),
+    Series("kvengine_plan_decisions_total", "counter", ("reason",), "Prompts, by what was fetched"),
     Series("kvengine_dropped_blocks_total", "counter", (), "Blocks dropped by command"),
     Series("kvengine_expired_total", "counter", ("kind",), "Leases and reservations past deadline"),
     Series("kvengine_pinned_bytes", "gauge", (), "Bytes of memory that a GPU reaches by itself"),

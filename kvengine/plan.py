@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
+Model = tuple[str, bytes]  # its name and the digest of its layout
 
 MEMORY = -1  # the home of blocks that are in the arena
 FADE = 0.98  # of the weight of what was measured, by each measurement after it
@@ -144,9 +145,9 @@ class Plan:
     """Blocks first..stop of a lease are worth fetching, those before and after computing.
 
     `reason`: "unmeasured" (all are fetched, nothing is known), "fetch" (all), "part" (the leading
-    ones), "split" (the head is computed while the rest arrives), "recompute" (none), "measure" (all,
-    though it may not pay: to measure again). `saved_s`: against computing all of them; 0 where
-    nothing is known.
+    ones), "split" (the head is computed while the rest arrives), "recompute" (none), "measure"
+    (all, though it may not pay: to measure again). `saved_s`: against computing all of them; 0
+    where nothing is known.
     """
 
     first: int
@@ -205,7 +206,7 @@ def decide(
         low, high = nothing, stops.copy()
         while (low < high).any():
             middle = (low + high) // 2
-            enough = compute[middle] >= fetch(middle, stops)
+            enough = compute[middle] + prefill.overhead_s >= fetch(middle, stops)
             low, high = np.where(enough, low, middle + 1), np.where(enough, middle, high)
         limit = SPLIT_GAIN * total  # costs are estimates, and a call more is a risk
         for firsts in (low, np.maximum(low - 1, 0)):
@@ -254,14 +255,18 @@ class Costs:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._prefills: dict[tuple[str, bytes], Prefill] = {}
-        self._longest: dict[tuple[str, bytes], int] = {}
+        self._prefills: dict[Model, Prefill] = {}
+        self._longest: dict[Model, int] = {}
         self._speeds: dict[int, Speed] = {}
-        self._refused = 0
+        self._paying: dict[tuple[Model, int, int], bool] = {}
+        self._refused = self._asked = 0
 
-    def computed(
-        self, model: tuple[str, bytes], position: int, tokens: int, seconds: float
-    ) -> None:
+    @property
+    def active(self) -> bool:
+        """Whether there is a model whose computing was measured at all."""
+        return bool(self._prefills)
+
+    def computed(self, model: Model, position: int, tokens: int, seconds: float) -> None:
         """Take in that a model computed `tokens` after `position` others in so long."""
         with self._lock:
             prefill = self._prefills.pop(model, None) or Prefill()
@@ -280,7 +285,7 @@ class Costs:
 
     def plan(
         self,
-        model: tuple[str, bytes],
+        model: Model,
         homes: Int32s,
         nbytes: Int64s,
         block_tokens: int,
@@ -300,19 +305,27 @@ class Costs:
                     return Plan(0, len(homes), "measure")
             return plan
 
-    def pays(
-        self, model: tuple[str, bytes], tier: int, block_bytes: int, block_tokens: int
-    ) -> bool:
-        """Say whether any prompt as long as the longest yet would be fetched from a tier."""
-        with self._lock:
-            prefill = self._prefills.get(model)
-            if prefill is None:
-                return True
-            blocks = max(1, self._longest[model] // block_tokens)
-            speed = self._speeds.get(tier)
-            return worth(prefill, speed, block_bytes, block_tokens, blocks) > 0
+    def pays(self, model: Model, tier: int, block_bytes: int, tokens: int) -> bool:
+        """Say whether a prompt as long as the longest yet would be fetched from a tier.
 
-    def prefill_s(self, model: tuple[str, bytes], tokens: Int64s) -> Floats | None:
+        tokens: of a block. Worked out anew after so many were asked; True then, so that what was
+        found too slow is measured again.
+        """
+        with self._lock:
+            self._asked += 1
+            if self._asked % EXPLORE_EVERY == 0:
+                self._paying.clear()
+                return True
+            prefill, speed = self._prefills.get(model), self._speeds.get(tier)
+            if not (prefill and prefill.measured and speed and speed.measured):
+                return True
+            about = (model, tier, block_bytes)
+            if about not in self._paying:
+                blocks = max(1, self._longest[model] // tokens)
+                self._paying[about] = worth(prefill, speed, block_bytes, tokens, blocks) > 0
+            return self._paying[about]
+
+    def prefill_s(self, model: Model, tokens: Int64s) -> Floats | None:
         """Return what computing the first so many tokens takes; None where that is not known."""
         with self._lock:
             prefill = self._prefills.get(model)

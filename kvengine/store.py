@@ -104,6 +104,7 @@ class Store:
         self._remote_bits = 0
         self._dirty: list[deque[Int32s]] = []  # one for each tier
         self._waiting_bytes: list[int] = []
+        self._spared: dict[int, int] = {}  # bits of the tiers that a namespace is not written to
         self._unwritten = 0  # over all tiers
         self._lent_pages = 0
         self._dead: deque[bytes] = deque()
@@ -165,6 +166,11 @@ class Store:
             if tier.remote:
                 self._remote_bits |= 1 << number
             return sum(self._adopt(number, held) for held in tier.scan())
+
+    def spare(self, number: int, bits: int) -> None:
+        """Name the tiers that a namespace is not written to: computing its blocks is faster."""
+        with self._lock:
+            self._spared[number >> FORM_BITS] = bits
 
     def dropped(self, tier: int, keys: Sequence[bytes]) -> None:
         """Note that a tier has given keys up by itself."""
@@ -321,7 +327,7 @@ class Store:
             nbytes = self._spaces[reservation.number].nbytes
             for run in _runs(reservation, good, nbytes):
                 self._policy.added(run, now)
-            takers = self._takers(len(ids), nbytes)
+            takers = self._takers(len(ids), nbytes, reservation.number)
             if takers:
                 self._policy.held(ids)
             self._index.rows[ids, LEASES] = len(takers)  # each writer holds them
@@ -556,7 +562,7 @@ class Store:
         self._index.add_tier(ids, tier)
         return int(fresh.sum())
 
-    def _takers(self, count: int, nbytes: int) -> list[int]:
+    def _takers(self, count: int, nbytes: int, namespace: int) -> list[int]:
         """Return the tiers that are to be given so many blocks.
 
         A remote tier may lag behind; what waits for it is pinned, so that is a quarter of memory.
@@ -564,7 +570,9 @@ class Store:
         takers = []
         for number, tier in enumerate(self._tiers if count else ()):
             waiting = self._waiting_bytes[number] + count * nbytes
-            if tier.remote and waiting > max(self.arena.nbytes // 4, count * nbytes):
+            if self._spared.get(namespace >> FORM_BITS, 0) >> number & 1:
+                self._metrics.add("write_skipped_blocks", count, tier=tier.name)
+            elif tier.remote and waiting > max(self.arena.nbytes // 4, count * nbytes):
                 self._metrics.add("write_skipped_blocks", count, tier=tier.name)
             else:
                 takers.append(number)

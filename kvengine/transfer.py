@@ -46,6 +46,7 @@ class Transfer:
         self._changed = threading.Condition()
         self._finished = False
         self._cancelled = False
+        self.then: Callable[[Bools], None] | None = None  # called once, when done
 
     @property
     def blocks(self) -> int:
@@ -117,6 +118,8 @@ class Transfer:
             self.error = self.error or error
             self._finished = True
             self._changed.notify_all()
+        if self.then is not None:
+            self.then(good)
 
     def abandon(self) -> None:
         """After a fork, in the child: nothing arrives, and a lost thread may hold the lock."""

@@ -9,6 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kvengine
+import rig
+from kvengine.errors import ConfigError
 from kvengine.plan import (
     EXPLORE_EVERY,
     MEASURED_MIN,
@@ -178,3 +181,58 @@ def test_planning_saves_no_less_than_always_fetching(bench):
             assert ours >= theirs, (model.name, place.name)
             better += ours > theirs
     assert better >= 9
+
+
+def loaded(engine, names, tokens, split: bool = False) -> range:
+    """Match a prompt, load what is worth it, and say what was."""
+    keys = names.keys(tokens)
+    with engine.match(keys, split=split) as lease:
+        worth = lease.worth
+        target = rig.caches(names.layout, len(keys))
+        table = np.arange(len(worth))
+        assert engine.load(lease, target, table, first=worth.start).wait(rig.WAIT_S)
+    return worth
+
+
+def test_an_engine_that_measures_computes_what_is_slower_to_fetch(tmp_path):
+    of = rig.layout()
+    with kvengine.open(f"mem://?size=16M | file://{tmp_path}?size=64M") as engine:
+        names = rig.names(engine, of)
+        tokens = rig.prompt(8, of)
+        rig.save(engine, names.keys(tokens), rig.caches(of, 8, seed=1))
+        assert loaded(engine, names, tokens) == range(8)
+        assert engine.metrics.get("plan_decisions") == 0  # nothing is known: as ever
+        for _ in range(2 * MEASURED_MIN):  # an hour a token
+            engine.observe_prefill(names, 0, 16, 3600.0)
+            assert loaded(engine, names, tokens) == range(8)
+        assert engine.metrics.get("plan_decisions", reason="fetch") > 0
+        assert engine.metrics.get("saved_prefill_seconds") > 3600
+        for _ in range(300):  # a nanosecond
+            engine.observe_prefill(names, 0, 1 << 20, 1e-9)
+        saved = engine.metrics.get("saved_prefill_seconds")
+        assert loaded(engine, names, tokens) == range(0)
+        assert engine.metrics.get("plan_decisions", reason="recompute") == 1
+        assert engine.metrics.get("saved_prefill_seconds") == saved
+        assert engine.probe(names.keys(tokens)) == 8
+
+        # The disk is measured, too slow, and not written to from then on.
+        assert engine.flush(rig.WAIT_S)
+        for _ in range(MEASURED_MIN):
+            engine.squeeze(0)
+            with engine.match(names.keys(tokens)) as lease:
+                target = rig.caches(of, 8)
+                assert engine.load(lease, target, np.arange(8)).wait(rig.WAIT_S)
+        more = names.keys(rig.prompt(8, of, seed=2))
+        rig.save(engine, more, rig.caches(of, 8, seed=2))
+        assert engine.flush(rig.WAIT_S)
+        assert engine.metrics.get("write_skipped_blocks", tier="disk") == 8
+        engine.check()
+
+
+@pytest.mark.parametrize(
+    ("position", "tokens", "seconds"), [(-1, 1, 1.0), (0, 0, 1.0), (0, 1, 0.0), (0, 1, math.nan)]
+)
+def test_a_prefill_that_cannot_be_is_refused(position, tokens, seconds):
+    with kvengine.open("mem://?size=16M") as engine:
+        with pytest.raises(ConfigError, match="expected at least one token"):
+            engine.observe_prefill(rig.names(engine, rig.layout()), position, tokens, seconds)
