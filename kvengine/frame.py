@@ -290,12 +290,13 @@ def verify_payload(
     Only those that lie wholly between `start` and `stop` are looked at.
     """
     bad = []
+    digests, digest = header.digests.tolist(), xxhash.xxh3_128_intdigest
     for index, (offset, nbytes) in enumerate(header.segments.tolist()):
         if offset < start or offset + nbytes > stop:
             continue
         data = payload[offset : offset + nbytes]
-        low, high = header.digests[index].tolist()
-        if len(data) != nbytes or xxhash.xxh3_128_intdigest(data) != high << 64 | low:
+        low, high = digests[index]
+        if len(data) != nbytes or digest(data) != high << 64 | low:
             bad.append(index)
     return bad
 
