@@ -19,7 +19,16 @@ def load(name: str, kind: str) -> ModuleType:
         compiled = fresh("kvengine.compiled")
         assert not compiled.NATIVE
         patch.setitem(sys.modules, "kvengine.compiled", compiled)
-        return fresh(name)
+        # What it is made of is plain as well, and is put away again.
+        whole = {n: m for n, m in sys.modules.items() if n.startswith("kvengine.policy.")}
+        for other in whole:
+            del sys.modules[other]
+        try:
+            return fresh(name)
+        finally:
+            for other in [n for n in sys.modules if n.startswith("kvengine.policy.")]:
+                del sys.modules[other]
+            sys.modules.update(whole)
 
 
 def fresh(name: str) -> ModuleType:

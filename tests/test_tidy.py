@@ -27,7 +27,11 @@ HEAVY = ("torch", "triton", "jax", "jaxlib", "numba", "llvmlite", "transformers"
 LAYERS = (
     ("errors", "compiled", "workers", "kernels.native", "kernels.build", "kernels.driver"),
     ("metrics", "policy", "layout", "url", "adapters.array", "kernels.launch", "kernels.memory"),
+    ("policy.queues", "policy.ghosts", "policy.books", "policy.tournament"),
+    ("policy.hazards",),
+    ("policy.shadows",),
     ("policy.*", "keys", "arena", "kernels.digest"),
+    ("policy.named",),
     ("kernels.copy", "peer.ring"),
     ("kernels.rows",),
     ("kernels.quant", "kernels.lossless"),

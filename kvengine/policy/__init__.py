@@ -8,7 +8,7 @@ its own lock. Every policy passes tests/test_policy.py by being listed there.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -18,18 +18,46 @@ Entries = NDArray[np.int32]
 NO_PARENT = -1
 
 
+NO_PRINTS: NDArray[np.int64] = np.empty(0, dtype=np.int64)
+UNKNOWN_STOP, STOP_TOOL, STOP_END = 0, 1, 2
+
+
+class UnknownPolicy(ValueError):
+    """A policy of that name does not exist, or it does not take such a value."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is known of the request that uses blocks. `output_tokens` -1: not known (yet).
+
+    `stop` says how its output ended: UNKNOWN_STOP, STOP_TOOL (a tool runs now, and its result will
+    come), STOP_END (the turn has ended). `block_tokens` is how many tokens a block stands for.
+    """
+
+    output_tokens: int = -1
+    stop: int = UNKNOWN_STOP
+    block_tokens: int = 16
+
+
+NO_REQUEST = Request()
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """Consecutive blocks of one prompt.
 
     `parent` is the id of the block before the first, or NO_PARENT; `position` the index of the
-    first block in its prompt; `entry_bytes` the size of each block's slot.
+    first block in its prompt; `entry_bytes` the size of each block's slot. `prints` are the first 8
+    bytes of the blocks' keys: one each, or none where they are not known; a run of `touched` may
+    give more, those of the blocks of the prompt that come after and are not here.
     """
 
     entries: Entries
     parent: int
     position: int
     entry_bytes: int
+    prints: NDArray[np.int64] = field(default_factory=lambda: NO_PRINTS)
+    request: Request = NO_REQUEST
 
 
 class Policy(Protocol):
@@ -45,7 +73,7 @@ class Policy(Protocol):
         ...
 
     def touched(self, run: Run, now: float) -> None:
-        """Note that blocks were used."""
+        """Note that a request uses these blocks, which are the start of its prompt."""
         ...
 
     def held(self, entries: Entries) -> None:
@@ -60,9 +88,15 @@ class Policy(Protocol):
         """Forget blocks that have left the arena."""
         ...
 
-    def victims(self, nbytes: int, now: float) -> Iterator[Entries]:
+    def victims(self, nbytes: int, now: float, incoming: Run | None = None) -> Iterator[Entries]:
         """Yield candidates to evict, best first, leaves before their parents, until enough.
 
-        Nothing is forgotten until `removed`. Ends early where candidates run out.
+        Nothing is forgotten until `removed`. Ends early where candidates run out, or where those
+        that are left are worth more than the `incoming` blocks that they would make room for (a run
+        whose entries need no ids yet).
         """
+        ...
+
+    def expired(self, now: float) -> Iterator[Entries]:
+        """Yield the blocks whose time is over, as `victims` does."""
         ...

@@ -11,8 +11,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 
-from kvengine.compiled import Int32s, column, compiled
+from kvengine.compiled import Int32s, Int64s, column, column64, compiled
 from kvengine.policy import NO_PARENT, Entries, Run
 
 # Columns of a node. Node 0 is the ends of the list: its NEXT is the oldest, its PREV the newest;
@@ -158,6 +159,42 @@ def _victims(nodes: Int32s, pages: int, out: Int32s, room: int) -> int:
     return found
 
 
+@compiled
+def _replay(
+    nodes: Int32s,
+    paths: Int32s,
+    offsets: Int64s,
+    requests: int,
+    capacity: int,
+    score_from: int,
+    out: Int32s,
+) -> tuple[int, int]:
+    hits, evictions, resident, room = 0, 0, 0, len(out) - 1
+    for r in range(requests):
+        first, total = offsets[r], int(offsets[r + 1] - offsets[r])
+        path = paths[first : first + total]
+        count = 0
+        while count < total and nodes[(path[count] + 1) * 8 + 6] != 0:
+            count += 1
+        hits += count if r >= score_from else 0
+        missing = total - count - (capacity - resident)
+        _hold(nodes, path, count)
+        while missing > 0:
+            found = _victims(nodes, missing, out, min(missing, room))
+            if found == 0:
+                break
+            _remove(nodes, out, found)
+            evictions += found
+            resident -= found
+            missing -= found
+        _release(nodes, path, count)
+        fitting = int(min(total - count, capacity - resident))
+        above = path[count - 1] if count > 0 else -1
+        _add(nodes, path[count : count + fitting], fitting, above, 1)
+        resident += fitting
+    return hits, evictions
+
+
 class LRU:
     """Evict the least recently used leaf."""
 
@@ -196,7 +233,7 @@ class LRU:
         known = self._known(entries)
         _remove(column(self._nodes), column(known), len(known))
 
-    def victims(self, nbytes: int, now: float) -> Iterator[Entries]:
+    def victims(self, nbytes: int, now: float, incoming: Run | None = None) -> Iterator[Entries]:
         """Yield candidates, the oldest first, leaves before their parents."""
         pages = -(-nbytes // PAGE_BYTES)
         room = min(max(1, pages), WALK_MAX)
@@ -210,6 +247,35 @@ class LRU:
             yield entries
             if self._nodes[WIDTH * (int(entries[0]) + 1) + STATUS] != ABSENT:
                 return  # the caller took none: the same would come again
+
+    def expired(self, now: float) -> Iterator[Entries]:
+        """Yield nothing: no block has a time."""
+        return iter(())
+
+    def replay(
+        self,
+        nodes: Int32s,
+        offsets: Int64s,
+        prints: Int64s,
+        seconds: NDArray[np.float64],
+        output_tokens: Int32s,
+        stops: Int32s,
+        block_tokens: int,
+        capacity: int,
+        score_from: int,
+    ) -> tuple[int, int]:
+        """Play a trace in one loop (`trace.simulate`). Returns hits and evictions."""
+        self._fit(np.array([len(prints) - 1], dtype=np.int32))
+        hits, evictions = _replay(
+            column(self._nodes),
+            column(nodes),
+            column64(offsets),
+            len(seconds),
+            capacity,
+            score_from,
+            column(np.zeros(WALK_MAX + 1, dtype=np.int32)),
+        )
+        return int(hits), int(evictions)
 
     def _fit(self, entries: Entries) -> None:
         need = WIDTH * (int(entries.max(initial=0)) + 2)
