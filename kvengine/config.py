@@ -16,12 +16,14 @@ from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal, NamedTuple, Self
+from typing import NamedTuple, Self
 from urllib.parse import urlsplit
 
 import msgspec
 
 from kvengine.errors import ConfigError
+from kvengine.policy import UnknownPolicy
+from kvengine.policy.named import POLICIES, check_name
 from kvengine.url import OBJECTS, read_url, unknown
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -183,10 +185,8 @@ def _path(value: object) -> str:
     return path
 
 
-def _policy(value: object) -> Literal["lru"]:
-    if value != "lru":
-        raise ValueError
-    return "lru"
+def _policy(value: object) -> str:
+    return check_name(value)
 
 
 def _secret(value: object) -> Secret | None:
@@ -258,7 +258,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "objects.secret_key": Setting(_password, "the secret of an access key"),
         "objects.timeout_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
         "objects.connections": Setting(_threads, "a number of connections from 1 to 256"),
-        "policy": Setting(_policy, "the name of a policy: lru"),
+        "policy": Setting(_policy, f"the name of a policy: {', '.join(POLICIES)}"),
     }
 )
 HIDDEN = ("secret", "valkey.password", "objects.secret_key")
@@ -406,7 +406,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     reservation_s: float = 60.0
     find_s: float = 0.1
     fetch_s: float = 60.0
-    policy: Literal["lru"] = "lru"
+    policy: str = "lru"
 
     def __post_init__(self) -> None:
         for name, kind in SECTIONS.items():
@@ -548,6 +548,8 @@ def _read(name: str, value: object, origin: str) -> object:
     setting = SETTINGS[name]
     try:
         return setting.read(value)
+    except UnknownPolicy as error:
+        raise ConfigError(f"{name} ({origin}): {error}") from None
     except ValueError:
         given = "a value that is not shown" if name in HIDDEN else repr(value)
         raise ConfigError(

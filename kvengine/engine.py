@@ -33,7 +33,7 @@ from kvengine.load import Load
 from kvengine.metrics import Metrics
 from kvengine.pin import Pin
 from kvengine.plan import MEMORY, Costs
-from kvengine.policy.lru import LRU
+from kvengine.policy.named import policy_of
 from kvengine.prefetch import prefetch
 from kvengine.save import Save
 from kvengine.store import Store, exercise
@@ -67,7 +67,7 @@ class Engine:
         arena = Arena(config.memory_bytes)
         self._store = Store(
             arena,
-            LRU(),
+            policy_of(config.policy),
             self.metrics,
             time.monotonic,
             config.lease_s,
@@ -452,7 +452,7 @@ class Engine:
         try:
             launch.choose(None)
             launch.coders(None)
-            exercise()
+            exercise(lambda: policy_of(self.config.policy))
         finally:
             self._ready.set()
         self._store.arena.populate()

@@ -201,6 +201,10 @@ class KeyTable:
         """Return uint8[n, 32] keys."""
         return self._keys.reshape(-1, 4)[ids].view(np.uint8).reshape(-1, 32)
 
+    def prints(self, ids: Int32s) -> Int64s:
+        """Return int64[n]: the first 8 bytes of each key."""
+        return self._keys[4 * ids]
+
     def live(self) -> Int32s:
         """Return all ids that a look-up can find, in no order."""
         return self._table[self._table >= 0]

@@ -198,3 +198,8 @@ class BlockKeys:
     def words(self) -> NDArray[np.uint64]:
         """The keys as uint64[n, 4], read-only: what the index probes."""
         return np.frombuffer(self.data, dtype="<u8").reshape(-1, 4)
+
+    @property
+    def prints(self) -> NDArray[np.int64]:
+        """The first 8 bytes of each key, int64[n]: by these a policy knows what has left."""
+        return self.words[:, 0].copy().view(np.int64)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from kvengine.arena import Arena, Slots
 from kvengine.codec import Codec, Forms, forms_of
-from kvengine.compiled import Int32s
+from kvengine.compiled import Int32s, Int64s
 from kvengine.errors import LayoutError
 from kvengine.frame import PAGE_BYTES, Template
 from kvengine.index import (
@@ -40,14 +40,13 @@ from kvengine.keys import KEY_BYTES, ROOT_KEY, BlockKeys, Identity, Namespace
 from kvengine.layout import Layout
 from kvengine.lease import Bools, Lease, Reservation
 from kvengine.metrics import Metrics
-from kvengine.policy import NO_PARENT, Policy, Run
-from kvengine.policy.lru import LRU
+from kvengine.policy import NO_PARENT, Policy, Request, Run
 from kvengine.tiers import Held, Span, Tier
 
 EMPTY = np.empty(0, dtype=np.int32)
 UNKNOWN = -1
 ROOM_TABLES = 8
-LOOPS_MAX = 32  # more than index and policy have
+LOOPS_MAX = 128  # more than index and policy have
 
 
 FORM_BITS = 1  # a namespace has two numbers: its frames are of up to two sizes
@@ -195,8 +194,12 @@ class Store:
             ids = self._index.find(keys.words)
             return self._present(ids, keys.namespace.number, self._reachable())[0]
 
-    def match(self, keys: BlockKeys, found: Int32s | None = None) -> Lease:
+    def match(
+        self, keys: BlockKeys, found: Int32s | None = None, request: Request | None = None
+    ) -> Lease:
         """Hold the leading blocks that are here or in a tier; the lease says how many.
+
+        `request` tells the policy what is known of it.
 
         `found`: int32[n, 2], the number of the remote tier that has said to hold each key's block
         or -1, and the number of the form that it holds.
@@ -210,6 +213,10 @@ class Store:
             if len(entered):
                 # Beyond a block that is being filled now: nobody leases them.
                 self._discard(entered[~np.isin(entered, ids)])
+            prints, tokens = keys.prints, keys.namespace.layout.block_tokens
+            request = Request(block_tokens=tokens) if request is None else request
+            run = Run(ids[:in_memory], NO_PARENT, keys.position, 0, prints, request)
+            self._policy.touched(run, now)
             lease = Lease(keys, ids, in_memory, now + self._lease_s, self.release)
             if len(ids):
                 self._leases[lease.token] = lease
@@ -285,10 +292,10 @@ class Store:
                 held = self._present(ids, number)[0]
                 known = ids[~fresh]
                 self._policy.held(self._index.lease(known))
-                slots = self._take(nbytes, len(new), now)
+                slots = self._take(nbytes, len(new), now, self._incoming(keys, ids, indices))
                 self._unlease(known)
             else:
-                slots = self._take(nbytes, len(new), now)
+                slots = self._take(nbytes, len(new), now, self._incoming(keys, ids, indices))
             if len(slots) < len(new):
                 refused = new[len(slots) :]
                 self._metrics.add("save_refused_blocks", len(refused))
@@ -425,7 +432,8 @@ class Store:
             first[np.delete(chosen, once)] = False  # a table may name a block twice
             rows[ids[first], SLOT] = slots[first]
             self.arena.give(nbytes, slots[~first])
-            for run in _split(ids, np.flatnonzero(first), parent, nbytes):
+            prints = self._index.prints(ids)
+            for run in _split(ids, prints, np.flatnonzero(first), parent, nbytes):
                 self._policy.added(run, now)
             self._policy.held(ids[first])
             self._metrics.add("fetched_blocks", int(first.sum()), tier=self._tiers[tier].name)
@@ -607,7 +615,16 @@ class Store:
             return NO_PARENT
         return int(self._index.find(_words([keys.parent]))[0])
 
-    def _take(self, nbytes: int, count: int, now: float) -> Slots:
+    def _incoming(self, keys: BlockKeys, ids: Int32s, indices: NDArray[np.intp]) -> Run:
+        """Say what wants to come in; the last stretch of it alone, where it has several."""
+        if not len(indices):
+            return Run(EMPTY, NO_PARENT, 0, 0)
+        start = list(_consecutive(indices))[-1][0]
+        first = int(indices[start])
+        parent = int(ids[first - 1]) if first else self._parent(keys)
+        return Run(EMPTY, parent, keys.position + first, 0, keys.prints[indices[start:]])
+
+    def _take(self, nbytes: int, count: int, now: float, incoming: Run | None = None) -> Slots:
         slots = self.arena.take(nbytes, count)
         if len(slots) == count:
             return slots
@@ -616,7 +633,7 @@ class Store:
         parts = [slots]
         missing = count - len(slots)
         slot_bytes = self.arena.pages_of(nbytes) * PAGE_BYTES
-        for victims in self._policy.victims(missing * slot_bytes, now):
+        for victims in self._policy.victims(missing * slot_bytes, now, incoming):
             mixed = self._evict(victims)
             if mixed:
                 self.arena.compact()
@@ -626,7 +643,7 @@ class Store:
                 break
         while missing:
             # Slots of other sizes were given up: their extents may be whole now, or more must go.
-            victims = next(self._policy.victims(missing * slot_bytes, now), EMPTY)
+            victims = next(self._policy.victims(missing * slot_bytes, now, incoming), EMPTY)
             if not len(victims):
                 break
             self._evict(victims)
@@ -635,12 +652,12 @@ class Store:
             missing -= len(parts[-1])
         return np.concatenate(parts)
 
-    def _evict(self, ids: Int32s) -> bool:
+    def _evict(self, ids: Int32s, reason: str = "memory") -> bool:
         """Take victims out of memory. Returns whether their slots have several sizes."""
         self._policy.removed(ids)
         mixed = self._give_slots(ids)
         self._discard(ids[self._found_nowhere_else(ids)] if self._tiers else ids)
-        self._metrics.add("evicted_blocks", len(ids), reason="memory")
+        self._metrics.add("evicted_blocks", len(ids), reason=reason)
         return mixed
 
     def _found_nowhere_else(self, ids: Int32s) -> Bools:
@@ -736,7 +753,12 @@ class Store:
             self._discard(ids)
 
     def _sweep(self, now: float) -> None:
-        """Reap the leases and reservations of dead owners. Both stand in order of deadline."""
+        """Reap the leases and reservations of dead owners, and blocks whose time is over.
+
+        Leases and reservations stand in order of deadline.
+        """
+        for old in self._policy.expired(now):
+            self._evict(old, "time")
         while self._dead:
             self._acknowledge(self._dead.popleft())
         while self._leases:
@@ -773,29 +795,33 @@ class Store:
         ]
 
 
-def exercise() -> None:
+def exercise(make: Callable[[], Policy]) -> None:
     """Run every loop of index and policy once, so that they are compiled before they are needed."""
     for _ in range(LOOPS_MAX):
         try:
-            _exercise()
+            _exercise(make())
             return
         except OSError:  # what a loop was compiled to could not be kept on disk; it is in memory
             continue
 
 
-def _exercise() -> None:
-    index, policy = Index(), LRU()
+def _exercise(policy: Policy) -> None:
+    index = Index()
     words = _words([bytes(KEY_BYTES)])
     ids, _ = index.claim(words)
     for _ in range(ROWS_MIN):  # until the columns have grown
         index.claim(_words([os.urandom(KEY_BYTES)]))
     index.find(words)
-    run = Run(index.lease(ids), NO_PARENT, 0, PAGE_BYTES)
-    policy.added(run, 0.0)
-    policy.touched(run, 0.0)
+    run = Run(index.lease(ids), NO_PARENT, 0, PAGE_BYTES, index.prints(ids))
+    for second in range(64):  # until the policy has learned
+        policy.touched(run, float(second))
+        policy.added(run, float(second))
+        policy.removed(ids)
+    policy.added(run, 64.0)
     policy.held(ids)
     policy.freed(index.unlease(ids))
-    for victims in policy.victims(PAGE_BYTES, 0.0):
+    list(policy.expired(64.0))
+    for victims in policy.victims(PAGE_BYTES, 64.0, run):
         policy.removed(victims)
     index.erase(ids)
     index.free(ids)
@@ -820,17 +846,21 @@ def _runs(reservation: Reservation, good: Bools, nbytes: int) -> Iterator[Run]:
     indices, ids, parents = reservation.indices, reservation.ids, reservation.parents
     if not good.all():
         indices, ids, parents = indices[good], ids[good], parents[good]
+    prints = reservation.keys.prints[indices]
     for start, stop in _consecutive(indices):
         position = reservation.keys.position + int(indices[start])
-        yield Run(ids[start:stop], int(parents[start]), position, nbytes)
+        yield Run(ids[start:stop], int(parents[start]), position, nbytes, prints[start:stop])
 
 
-def _split(ids: Int32s, chosen: NDArray[np.intp], parent: int, nbytes: int) -> Iterator[Run]:
+def _split(
+    ids: Int32s, prints: Int64s, chosen: NDArray[np.intp], parent: int, nbytes: int
+) -> Iterator[Run]:
     """Cut the chosen ones of consecutive blocks into runs. Positions are not known: 0."""
     for start, stop in _consecutive(chosen):
         at = int(chosen[start])
         above = int(ids[at - 1]) if at else parent
-        yield Run(ids[chosen[start:stop]], above, 0, nbytes)
+        each = chosen[start:stop]
+        yield Run(ids[each], above, 0, nbytes, prints[each])
 
 
 def _consecutive(indices: NDArray[np.intp]) -> Iterator[tuple[int, int]]:

@@ -13,8 +13,9 @@ FULL = """
 import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
 from kvengine import compiled
+from kvengine.policy.named import policy_of
 from kvengine.store import exercise
-exercise()
+exercise(lambda: policy_of('lru'))
 print(compiled.NATIVE)
 """
 PLAIN = """

@@ -310,7 +310,7 @@ def test_every_setting_can_come_from_the_environment():
         ({"KVENGINE_THREADS": "0"}, "from 1 to 256"),
         ({"KVENGINE_LEASE_S": "nan"}, "lease_s.*given 'nan', expected a number of seconds"),
         ({"KVENGINE_LEASE_S": "-1"}, "given '-1'"),
-        ({"KVENGINE_POLICY": "arc"}, "given 'arc', expected the name of a policy: lru"),
+        ({"KVENGINE_POLICY": "arcs"}, "given 'arcs', did you mean 'arc'. expected one of"),
         ({"KVENGINE_DISK_SIZE_BYTES": "1G"}, "disk.path is not: name the directory, as KVENGINE_D"),
         (
             {"KVENGINE_VALKEY_TTL_S": "9"},
