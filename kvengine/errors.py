@@ -6,6 +6,7 @@
     ├── BadKey             a key or token sequence of the wrong form
     ├── FrameError         bytes that are not a whole, untouched frame
     ├── DirectoryInUse     another process holds the directory
+    ├── TraceError         a trace file that cannot be read or replayed: the line, what was expected
     ├── ModelNotSupported  a model or cache that an adapter cannot map
     └── ClosedError        a verb on a closed engine
 
@@ -35,6 +36,10 @@ class FrameError(KVEngineError, ValueError):
 
 class DirectoryInUse(KVEngineError, OSError):
     """A directory whose lock another process (or engine) holds."""
+
+
+class TraceError(KVEngineError, ValueError):
+    """A trace that cannot be read or replayed: says the line and what was expected there."""
 
 
 class ModelNotSupported(KVEngineError, ValueError):
