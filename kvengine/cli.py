@@ -31,6 +31,8 @@ app = App(
 )
 configuration = App(name="config", help="The settings: their values, where each came from.")
 app.command(configuration)
+traces = App(name="trace", help="Traces of requests: what policies make of them, other formats.")
+app.command(traces)
 
 Url = Annotated[str | None, Parameter(help="As in 'mem://?size=4G | file:///var/cache/kv'.")]
 File = Annotated[Path | None, Parameter(help="A TOML file with settings.")]
@@ -140,6 +142,70 @@ def check(url: Url = None, /, *, file: File = None, settings: Settings = None) -
         _check_directory(Path(config.disk.path))
     given = sum(origin != "default" for origin in origins.values())
     print(f"ok: {len(origins)} settings, {given} of them given")
+    return 0
+
+
+Trace = Annotated[Path, Parameter(help="A trace: .npz, or JSON lines of Mooncake, Qwen-Bailian.")]
+BlockTokens = Annotated[
+    int | None, Parameter(help="Tokens that one hash of JSON lines covers, if not the usual.")
+]
+
+
+@traces.command
+def simulate(
+    file: Trace,
+    /,
+    *,
+    policy: Annotated[str, Parameter(help="Policies, as in adaptive,lru.")] = "adaptive,lru",
+    capacity: Annotated[
+        str, Parameter(help="Shares of the unique blocks, or blocks: 2%,5%,4096.")
+    ] = "2%,5%,10%,25%",
+    scored: Annotated[float, Parameter(help="Share of the requests that counts, the last.")] = 0.4,
+    block_tokens: BlockTokens = None,
+    coarsen: Annotated[int, Parameter(help="Join so many blocks to one.")] = 1,
+    svg: Annotated[Path | None, Parameter(help="Draw the curves into this file.")] = None,
+    as_json: Json = False,
+) -> int:
+    """Play a trace against policies at several capacities, LRU and the optimum beside them."""
+    from dataclasses import asdict
+
+    from rich.progress import track
+
+    from kvengine import curves, trace
+
+    policies = curves.names(policy)
+    played = trace.read(file, block_tokens).coarsened(coarsen)
+    blocks = curves.capacities(capacity, played)
+    console = Console(stderr=True)
+    points: list[curves.Point] = []
+    hidden = not sys.stderr.isatty()
+    for each in track(blocks, "simulating", console=console, transient=True, disable=hidden):
+        points += curves.table(played, policies, [each], scored)
+    if svg is not None:
+        try:
+            svg.write_text(curves.svg(points, file.name), encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"--svg {svg}: cannot be written: {error.strerror}") from None
+    if as_json:
+        print(json.dumps([asdict(point) for point in points]))
+        return 0
+    table = Table("policy", "blocks", "% of unique", "hit ratio", "gap closed", box=None)
+    for point in points:
+        gap = "" if point.gap_closed is None else f"{100 * point.gap_closed:.1f} %"
+        share = f"{100 * point.share:.3g}"
+        table.add_row(point.policy, str(point.blocks), share, f"{point.hit_ratio:.4f}", gap)
+    _console().print(table)
+    return 0
+
+
+@traces.command
+def convert(file: Trace, to: Path, /, *, block_tokens: BlockTokens = None) -> int:
+    """Write a trace in another format: .npz (a prefix tree), or .jsonl (Mooncake's lines)."""
+    from kvengine import curves, trace
+
+    read = trace.read(file, block_tokens)
+    curves.write(read, to)
+    print(f"{to}: {read.requests} requests, {read.unique} blocks of {read.block_tokens} tokens")
     return 0
 
 

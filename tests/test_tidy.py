@@ -52,6 +52,7 @@ LAYERS = (
     ("tiers.*", "transfer", "peer.node", "peer.wire", "peer.membership"),
     ("store", "peer.tier", "peer.client"),
     ("trace", "plan", "load", "save", "writer"),
+    ("curves",),
     ("prefetch",),
     ("engine",),
     ("",),
