@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -26,8 +27,8 @@ from rich.table import Table as Shown
 
 from bench.runner import Row, Spread, interleave, share, spread
 from bench.runner import show as show_rows
-from kvengine.kernels import build, copy, digest, launch, lossless
-from kvengine.kernels.copy import Int64s, Moves
+from kvengine.kernels import build, copy, digest, launch, lossless, quant
+from kvengine.kernels.copy import Int64s, Moves, Span
 from kvengine.kernels.relayout import Form, relayout, relayout_reference
 from kvengine.kernels.rows import Rows
 
@@ -253,13 +254,9 @@ class Device:
         verdicts: npt.NDArray[np.uint8],
     ) -> Any:
         """Launch, and give the verdicts; the caller compares what was decoded."""
-        kernels = importlib.import_module(coding.device)
         kind = self.torch.uint8
         found = self.torch.full(verdicts.shape, copy.GOOD, dtype=kind, device=self.device)
-        if verb == "encode":
-            kernels.encode(rows, *everything(rows), found, self.device)
-        else:
-            kernels.decode(rows, *everything(rows), self.device)
+        coding.launch(verb, rows, found, self.device)
         return found
 
     def save(self, moves: Moves, digests: npt.NDArray[np.uint64]) -> float:
@@ -605,28 +602,88 @@ def reshaped(mover: Mover) -> Iterable[Operation]:
         )
 
 
+def equal_bytes(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> bool:
+    return np.array_equal(one, other)
+
+
 @dataclass(frozen=True)
 class Coding:
     """A codec of elements, and how it is called on the host and on a device.
 
-    nbytes: of a component of a shape once it is encoded, 0 where the codec does not fit. The calls
-    take Rows, digests and verdicts of a table; `encode` and `decode` are the host's, `reference`
-    what both must equal. device: the module whose `encode` and `decode` take Rows, ranges (verdicts
-    for the former) and the device.
+    nbytes: of a component of a shape once it is encoded, of keys or of values; 0 where the codec
+    does not fit. The calls take Rows, ranges, digests and verdicts of a table; `encode` and
+    `decode` are the host's, `reference` what both must equal, `back` the reference of decoding
+    (None: what was encoded). launch: takes the verb, Rows, verdicts and the device. codes and
+    values: whether encoded and decoded bytes are as they must be.
     """
 
     name: str
-    nbytes: Callable[[Shape], int]
+    nbytes: Callable[[Shape, bool], int]
     encode: Callable[..., None]
     decode: Callable[..., None]
     reference: Callable[..., None]
-    device: str
+    launch: Callable[[str, Rows, Any, Any], None]
+    back: Callable[..., None] | None = None
+    codes: Callable[[npt.NDArray[np.uint8], npt.NDArray[np.uint8]], bool] = equal_bytes
+    values: Callable[[npt.NDArray[np.uint8], npt.NDArray[np.uint8]], bool] = equal_bytes
 
 
-def lossless_nbytes(shape: Shape) -> int:
+def lossless_nbytes(shape: Shape, keys: bool) -> int:
     channels = shape.heads * shape.dims[0]
     fits = shape.dims[0] % lossless.GROUP == 0 and lossless.pays(shape.tokens, channels)
     return lossless.encoded_nbytes(shape.tokens, channels) if fits else 0
+
+
+def launch_lossless(verb: str, rows: Rows, verdicts: Any, device: Any) -> None:
+    kernels = importlib.import_module("kvengine.kernels.lossless_device")
+    if verb == "encode":
+        kernels.encode(rows, *everything(rows), verdicts, device)
+    else:
+        kernels.decode(rows, *everything(rows), device)
+
+
+def quantising(scheme: str) -> Coding:
+    def nbytes(shape: Shape, keys: bool) -> int:
+        if quant.fits(scheme, shape.dims[0]):
+            return 0
+        return sum(quant.planes(scheme, shape.heads, shape.tokens, shape.dims[0], keys))
+
+    def encode(
+        rows: Rows, blocks: Span, segments: Span, digests: Any, verdicts: Any, **how: bool
+    ) -> None:
+        quant.encode(scheme, rows, blocks, segments, digests, **how)
+        verdicts[...] = copy.GOOD
+
+    def launch_it(verb: str, rows: Rows, verdicts: Any, device: Any) -> None:
+        kernels = importlib.import_module("kvengine.kernels.quant_device")
+        getattr(kernels, verb)(scheme, rows, *everything(rows), device)
+
+    sums = scheme == "rot4"  # which are added in any order
+    return Coding(
+        scheme,
+        nbytes,
+        encode,
+        partial(quant.decode, scheme),
+        partial(encode, native=False),
+        launch_it,
+        partial(quant.decode, scheme, native=False),
+        nearly_all if sums else equal_bytes,
+        close if sums else equal_bytes,
+    )
+
+
+def nearly_all(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> bool:
+    """Whether at most one byte in a thousand differs: a value on the edge between two levels."""
+    return one.shape == other.shape and bool((one != other).mean() <= 1e-3)
+
+
+def close(one: npt.NDArray[np.uint8], other: npt.NDArray[np.uint8]) -> bool:
+    """Whether bf16 values are equal but for their last bit."""
+    a, b = (
+        quant.floats(np.ascontiguousarray(each).view(np.uint16), "bfloat16")
+        for each in (one, other)
+    )
+    return np.allclose(a, b, rtol=2**-7, atol=1e-3 * float(np.abs(b).max()))
 
 
 CODINGS = (
@@ -636,8 +693,9 @@ CODINGS = (
         lossless.encode,
         lossless.decode,
         lossless.encode_reference,
-        "kvengine.kernels.lossless_device",
+        launch_lossless,
     ),
+    *(quantising(scheme) for scheme in quant.SCHEMES),
 )
 
 
@@ -647,7 +705,11 @@ class Coder:
     def __init__(self, mover: Mover, coding: Coding) -> None:
         self.mover, self.coding, self.shape = mover, coding, mover.shape
         self.place, self.slabs = mover.place, mover.slabs
-        self.nbytes = coding.nbytes(mover.shape)
+        sizes = [coding.nbytes(mover.shape, part == 0) for part in range(len(mover.shape.dims))]
+        ends = np.cumsum(sizes * mover.shape.layers)
+        self.layer_bytes = sum(sizes)
+        self.places = np.concatenate(([0], ends[:-1]))
+        self.nbytes = int(ends[-1])  # of a block
         self.turn = 0
         self.saved = self.loaded = mover.draw(0)
         self.digests = np.zeros_like(mover.digests)
@@ -664,9 +726,9 @@ class Coder:
         token = 0 if shape.slots else shape.heads * width
         columns = (base + piece * stride, 0, token, width, shape.heads, shape.dims[0])
         components = np.empty((shape.pieces, 8), np.int64)
-        for i, column in enumerate((*columns, piece % each == 0, piece * self.nbytes)):
+        for i, column in enumerate((*columns, piece % each == 0, self.places)):
             components[:, i] = column
-        size = each * self.nbytes
+        size = self.layer_bytes
         segments = np.stack((layer * each, layer * 0 + each, layer * size, layer * 0 + size), 1)
         frames = frame + np.arange(len(units)) * self.mover.frame_bytes
         offsets = np.ascontiguousarray(units * self.mover.unit_bytes)[None]
@@ -710,26 +772,40 @@ class Coder:
         self.coding.reference(rows, *everything(rows), digests, verdicts)
         start = mover.at(self.turn)
         found = self.place.host(self.slabs.coded[start : start + coded.size])
-        size = self.shape.pieces * self.nbytes
-        same = np.array_equal(found.reshape(coded.shape)[:, :size], coded[:, :size])
-        if self.place.name == "cpu":
+        size = self.nbytes
+        same = self.coding.codes(found.reshape(coded.shape)[:, :size], coded[:, :size])
+        if self.place.name == "cpu" and self.coding.codes is equal_bytes:
             same &= np.array_equal(digests, self.digests)
         return same and np.array_equal(verdicts, self.verdicts)
 
     def decoded(self) -> bool:
-        """Encode and decode once more, and compare with the blocks that were encoded."""
+        """Encode and decode once more, and compare with what must come back."""
         self.encode()
         self.decode()
-        wanted = self.mover.in_cache(self.saved)
         found = self.mover.in_cache(self.loaded, self.slabs.spare)
-        return bool((self.verdicts == copy.GOOD).all()) and self.place.equal(found, wanted)
+        good = bool((self.verdicts == copy.GOOD).all())
+        if self.coding.back is None:
+            return good and self.place.equal(found, self.mover.in_cache(self.saved))
+        start, count = self.mover.at(self.turn), len(self.saved)
+        end = start + count * self.mover.frame_bytes
+        frames = self.place.host(self.slabs.coded[start:end]).copy()
+        wanted = np.full((self.shape.pieces, count, self.shape.piece_bytes), POISON, np.uint8)
+        units = np.arange(self.saved.size).reshape(self.saved.shape)
+        stride = count * self.shape.piece_bytes
+        rows = self.rows(wanted.ctypes.data, stride, units, frames.ctypes.data)
+        addresses = (rows.frames[:, None] + rows.segments[:, 2]).reshape(-1)
+        sizes = np.tile(rows.segments[:, 3], count)
+        digests, verdicts = np.zeros_like(self.digests), np.zeros_like(self.verdicts)
+        digest.digest_spans(addresses, sizes, digests.reshape(-1, 2))
+        self.coding.back(rows, *everything(rows), digests, verdicts)
+        return good and self.coding.values(self.place.host(found), wanted)
 
 
 def coded(mover: Mover) -> Iterable[Operation]:
     for coding in CODINGS:
-        if nbytes := coding.nbytes(mover.shape):
+        if coding.nbytes(mover.shape, True):
             coder = Coder(mover, coding)
-            moved = BF16_BYTES * (1 + nbytes / mover.shape.piece_bytes)
+            moved = BF16_BYTES * (1 + coder.nbytes / mover.shape.block_bytes)
             yield Operation(f"{coding.name} encode", coder.encode, coder.encoded, moved)
             yield Operation(f"{coding.name} decode", coder.decode, coder.decoded, moved)
 

@@ -302,7 +302,8 @@ def _scaled(steps: Floats, scales: Bytes, pieces: int, dtype: str) -> Words:
     words = np.repeat(words, dim // pieces, axis=2)
     bad = (words & 0x7F80) == 0x7F80
     scale = _of_bf16(np.where(bad, np.uint16(0), words))
-    values = np.clip(steps * scale, np.float32(-LARGEST[dtype]), np.float32(LARGEST[dtype]))
+    with np.errstate(over="ignore"):
+        values = np.clip(steps * scale, np.float32(-LARGEST[dtype]), np.float32(LARGEST[dtype]))
     found = words_of(values, dtype)
     return np.where(bad, found.dtype.type(NAN_WORDS[dtype]), found)
 

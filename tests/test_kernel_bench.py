@@ -58,6 +58,10 @@ def check(rows: list, name: str, roof: str, rounds: int = 9) -> None:
     for verb in ("encode", "decode"):
         assert f"{name} lossless {verb} coded/8" in cases
         assert f"{name} lossless {verb} pair/4" not in cases  # it would not get smaller
+        for scheme in ("int8", "fp8", "int4", "rot4"):
+            assert f"{name} {scheme} {verb} pair/4" in cases
+        assert f"{name} int8 {verb} latent/5" in cases
+        assert f"{name} rot4 {verb} latent/5" not in cases  # rows of 72 have no rotation
     verbs = ["gather raw", "scatter raw", "digest xxh3", "digest blake3"]
     if name == "gpu":
         verbs += ["gather digested", "scatter verified"]
@@ -129,8 +133,9 @@ def test_codes_that_went_wrong_are_seen(
 
     monkeypatch.setattr(place, "code", short)
     rows, _ = measured(bench, place)
-    found = {row.matches_reference for row in rows if f"lossless {verb}" in row.case}
-    assert found == {False}
+    for coding in bench.CODINGS:
+        said = f"cpu {coding.name} {verb}"
+        assert {row.matches_reference for row in rows if said in row.case} == {False}, said
 
 
 def test_a_gpu_is_measured_against_its_own_copy(

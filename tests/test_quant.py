@@ -1,12 +1,8 @@
 """kvengine.kernels.quant: every path gives the same codes, over awkward shapes and values.
 
-Run as a program it does the Triton kernels' part: the interpreter must be chosen before the kernels
-are imported, so that part has a process of its own.
+Run as a program it does the Triton kernels' part, as tests/gpu.py says.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -15,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import gpu
 from kvengine.kernels import copy, launch, quant
 from kvengine.kernels.digest import digest
 from kvengine.kernels.rows import Rows
@@ -78,7 +75,14 @@ def special(words: np.ndarray, dtype: str) -> None:
 class Setup:
     """The memory of a case, and its Rows for a scheme."""
 
-    def __init__(self, case: Case, scheme: str, seed: int = 0, ordinary: bool = False) -> None:
+    def __init__(
+        self,
+        case: Case,
+        scheme: str,
+        seed: int = 0,
+        ordinary: bool = False,
+        place: Callable[[np.ndarray], np.ndarray] = np.asarray,
+    ) -> None:
         draw = np.random.default_rng(seed)
         self.case = case
         self.caches, components, segments, offsets = [], [], [], []
@@ -104,6 +108,7 @@ class Setup:
                 if case.order == "HND":
                     memory = memory.reshape(POOL, case.heads, tokens, dim).swapaxes(1, 2)
                 memory[...] = words
+                memory = place(memory)
                 self.caches.append(memory)
                 block, token, head, _ = memory.strides
                 unit = places // tokens * block + places % tokens * token
@@ -116,7 +121,7 @@ class Setup:
             segments.append((first, len(components) - first, start, at - start))
         self.nbytes = at
         self.stride = -(-at // 64) * 64 + 64
-        memory = np.full(self.stride * count + 64, POISON, np.uint8)
+        memory = place(np.full(self.stride * count + 64, POISON, np.uint8))
         self.memory = memory[-memory.ctypes.data % 64 :][: self.stride * count]
         self.starts = [n * self.stride for n in range(count)]
         units = tokens if case.slots else 1
@@ -367,44 +372,44 @@ def test_native_without_numba_says_what_to_install(monkeypatch: pytest.MonkeyPat
 def test_triton_kernels_equal_the_reference(require: Callable[[str], ModuleType]) -> None:
     require("triton")
     require("torch")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", __file__],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [f"{s}:{case.name}" for s in quant.SCHEMES for case in CASES]
+    said = gpu.run(__file__).split()
+    assert said == [f"{scheme}:{case.name}" for scheme in quant.SCHEMES for case in CASES]
 
 
-def interpret() -> None:
-    """Run every case through the Triton kernels, on the addresses of numpy arrays."""
-    from kvengine.kernels import quant_device
-
+def on_device() -> None:
+    """Run every case through the Triton kernels."""
     for scheme in quant.SCHEMES:
         for case in CASES:
-            one, other = Setup(case, scheme), Setup(case, scheme)
-            quant_device.encode(scheme, one.rows, *one.everything, "cpu")
+            one, other = Setup(case, scheme, place=gpu.reachable), Setup(case, scheme)
+            run("encode", scheme, one, *one.everything)
             quant.encode(scheme, other.rows, *other.everything, other.digests, native=False)
             assert one.frames_whole() and same_frames(scheme, one, other), (scheme, case)
             one.memory[:] = other.memory
             one.poison(), other.poison()
-            quant_device.decode(scheme, one.rows, *one.everything, "cpu")
+            run("decode", scheme, one, *one.everything)
             given = (other.digests, other.verdicts)
             quant.decode(scheme, other.rows, *other.everything, *given, native=False)
             assert one.untouched(), (scheme, case)
             for found, wanted in zip(one.caches, other.caches, strict=True):
                 assert alike(scheme, found, wanted, case.dtype), (scheme, case)
             print(f"{scheme}:{case.name}")
-        ranged(quant_device, scheme)
-        by_ids(quant_device, scheme)
+        a_range(scheme)
+        by_ids(scheme)
 
 
-def ranged(device: ModuleType, scheme: str) -> None:
+def run(verb: str, scheme: str, setup: Setup, *how: object) -> None:
+    from kvengine.kernels import quant_device
+
+    blocks, segments, *ids = how
+    getattr(quant_device, verb)(scheme, setup.rows, blocks, segments, gpu.device(), *ids)
+    gpu.settle()
+
+
+def a_range(scheme: str) -> None:
     """One segment of one block."""
-    whole, setup = Setup(CASES[0], scheme), Setup(CASES[0], scheme)
+    whole, setup = Setup(CASES[0], scheme), Setup(CASES[0], scheme, place=gpu.reachable)
     quant.encode(scheme, whole.rows, *whole.everything, whole.digests, native=False)
-    device.encode(scheme, setup.rows, (1, 2), (1, 2), "cpu")
+    run("encode", scheme, setup, (1, 2), (1, 2))
     _, _, offset, nbytes = setup.rows.segments[1].tolist()
     part = slice(setup.starts[1] + offset, setup.starts[1] + offset + nbytes)
     wanted = np.full_like(setup.memory, POISON)
@@ -413,18 +418,22 @@ def ranged(device: ModuleType, scheme: str) -> None:
     assert differ <= (nbytes / 1000 if scheme == "rot4" else 0)
 
 
-def by_ids(device: ModuleType, scheme: str) -> None:
+def by_ids(scheme: str) -> None:
     """Block ids on the device; one that is out of range is counted, and touches nothing."""
     import torch
 
     from kvengine.kernels.device import Ids
 
-    one, other = Setup(CASES[0], scheme), Setup(CASES[0], scheme)
+    one, other = (Setup(CASES[0], scheme, place=gpu.reachable) for _ in range(2))
     strides = np.array([[cache.strides[0], 0] for cache in one.caches[:2]], np.int64)
-    error = torch.zeros(1, dtype=torch.int32)
-    for blocks, setup in (((4, 0, 2), one), ((4, POOL, 2), other)):
-        ids = torch.tensor(blocks, dtype=torch.int32)[:, None]
-        device.encode(scheme, setup.rows, *setup.everything, "cpu", Ids(ids, strides, POOL, error))
+    error = torch.zeros(1, dtype=torch.int32, device=gpu.device())
+
+    def named(*blocks: int) -> Ids:
+        ids = torch.tensor(blocks, dtype=torch.int32, device=gpu.device())[:, None]
+        return Ids(ids, strides, POOL, error)
+
+    run("encode", scheme, one, *one.everything, named(4, 0, 2))
+    run("encode", scheme, other, *other.everything, named(4, POOL, 2))
     assert int(error[0]) == 1
     plain = Setup(CASES[0], scheme)
     quant.encode(scheme, plain.rows, *plain.everything, plain.digests, native=False)
@@ -433,13 +442,12 @@ def by_ids(device: ModuleType, scheme: str) -> None:
     one.memory[middle] = other.memory[middle]
     assert np.array_equal(one.memory, other.memory)
     other.poison()
-    ids = torch.tensor((4, -1, 2), dtype=torch.int32)[:, None]
     error[0] = 0
-    device.decode(scheme, other.rows, *other.everything, "cpu", Ids(ids, strides, POOL, error))
+    run("decode", scheme, other, *other.everything, named(4, -1, 2))
     assert int(error[0]) == 1
     assert all((cache[[0, 1, 3]] == cache.dtype.type(0xA5A5)).all() for cache in other.caches)
     assert all((cache[[2, 4]] != cache.dtype.type(0xA5A5)).any() for cache in other.caches)
 
 
 if __name__ == "__main__":
-    interpret()
+    on_device()
