@@ -102,12 +102,12 @@ def test_bytes_that_went_wrong_are_seen(
     whole = getattr(place, verb)
 
     def short(moves, digests):
-        """Leave out the last byte of the last component's runs."""
-        moves.components[-1, bench.copy.RUN] -= 1
+        """Leave out the end of the last component's runs: its last byte may be right by chance."""
+        moves.components[-1, bench.copy.RUN] -= 8
         try:
             return whole(moves, digests)
         finally:
-            moves.components[-1, bench.copy.RUN] += 1
+            moves.components[-1, bench.copy.RUN] += 8
 
     monkeypatch.setattr(place, verb, short)
     rows, _ = measured(bench, place)
