@@ -32,7 +32,9 @@ from kvengine.lease import Bools, Lease
 from kvengine.load import Load
 from kvengine.metrics import Metrics
 from kvengine.pin import Pin
+from kvengine.pins import SOFT_SHARE, Pins
 from kvengine.plan import MEMORY, Costs
+from kvengine.policy import Request
 from kvengine.policy.named import policy_of
 from kvengine.prefetch import prefetch
 from kvengine.save import Save
@@ -90,6 +92,7 @@ class Engine:
         self._fetches = Fetches(arena.nbytes // FETCH_SHARE, time.monotonic)
         self._finder = Finder(self._tiers, time.monotonic, config.find_s)
         self._costs = Costs()
+        self._pins = Pins(arena.nbytes // SOFT_SHARE, time.monotonic, self._store.unpin)
         self._pin: Pin | None = None
         self._ready = threading.Event()
         self._populating = threading.Thread(
@@ -182,19 +185,23 @@ class Engine:
             return np.zeros(len(keys), dtype=np.bool_)
         return self._held(keys)
 
-    def match(self, keys: BlockKeys, *, split: bool = False) -> Lease:
+    def match(
+        self, keys: BlockKeys, *, split: bool = False, request: Request | None = None
+    ) -> Lease:
         """Hold the leading blocks that are here or in a tier, for a `load`.
 
         The lease's `worth` names the blocks to load, where `observe_prefill` has said what
         computing takes; with `split` it may leave out the first ones as well: compute them while
-        the others arrive.
+        the others arrive. `request` tells the policy what is known of the one that asks: how long
+        its output was, how it stopped.
 
         Release the lease (or leave its `with` block) when the load has been enqueued: the transfer
         keeps its own hold. A lease that nobody releases ends after `lease_s`.
         """
         if self._gone(keys):
             return Lease(keys, np.empty(0, dtype=np.int32), 0, 0.0, self._store.release)
-        lease = self._store.match(keys, self._found(keys))
+        self._pins.expire()
+        lease = self._store.match(keys, self._found(keys), request)
         self.metrics.add("lookup_blocks", len(keys))
         if lease.in_memory:
             self.metrics.add("hit_blocks", lease.in_memory, tier="memory")
@@ -245,6 +252,7 @@ class Engine:
         if count != len(keys):
             raise LayoutError(f"a table for {count} blocks and {len(keys)} keys: give one for each")
         transfer = Transfer(count, layout.layers)
+        self._pins.expire()
         if not count or self._gone(keys) or not self._transfers.begin(transfer):
             return self._refuse(transfer)
         if self._costs.active and self._tiers:
@@ -307,6 +315,31 @@ class Engine:
 
     # Keeping house
 
+    def pin(self, keys: BlockKeys, duration_s: float | None = None, *, hard: bool = False) -> int:
+        """Keep the leading blocks that are in memory there. Returns how many are pinned.
+
+        A soft pin lasts `duration_s` from now, is not renewed by reads, and all of them take at
+        most a quarter of memory: what is beyond is not pinned. A `hard` one lasts until `unpin`;
+        where all of memory is pinned, saves are refused and counted. Raises ConfigError for a soft
+        pin without a duration, or a hard one with one.
+        """
+        if hard != (duration_s is None) or duration_s is not None and not 0 < duration_s < 1e9:
+            raise ConfigError(
+                f"pin: given duration_s={duration_s} and hard={hard}, expected a number of seconds "
+                "above 0 for a soft pin, and none for a hard one"
+            )
+        if self._gone(keys):
+            return 0
+        with self._store.match(keys) as lease:
+            entries, _, _ = self._store.pin(lease, 0, lease.in_memory)
+            held = _listed(keys)[: len(entries)]
+            nbytes = self._store.frame_bytes(keys.namespace.number)
+            return self._pins.add(held, entries, nbytes, duration_s)
+
+    def unpin(self, keys: BlockKeys) -> int:
+        """Take pins away, soft and hard. Returns how many there were."""
+        return 0 if self._away() else self._pins.remove(_listed(keys))
+
     def flush(self, timeout_s: float = CLOSE_S) -> bool:
         """Wait until every committed block is in the tier below, or given up. False: too late."""
         if self._away():
@@ -318,7 +351,8 @@ class Engine:
         """Forget blocks everywhere. Returns how many there were."""
         if self._gone(keys):
             return 0
-        self._finder.forget([keys.key(index) for index in range(len(keys))])
+        self._finder.forget(_listed(keys))
+        self._pins.remove(_listed(keys))
         return self._store.drop(keys)
 
     def drop_all(self) -> int:
@@ -402,6 +436,7 @@ class Engine:
         self._store.detach()
         self._transfers.detach()
         self._finder.detach()
+        self._pins.detach()
         self._fetches.detach()
         if self._pin is not None:
             self._pin.detach()
@@ -572,6 +607,10 @@ class Engine:
         found[lacking, 0] = answers[:, 0]
         found[lacking, 1] = np.array(numbers, dtype=np.int32)[answers[:, 1]]
         return found
+
+
+def _listed(keys: BlockKeys) -> list[bytes]:
+    return [keys.key(index) for index in range(len(keys))]
 
 
 def _model(namespace: Namespace) -> tuple[str, bytes]:
