@@ -37,6 +37,7 @@ from kvengine.plan import MEMORY, Costs
 from kvengine.policy import Request
 from kvengine.policy.named import policy_of
 from kvengine.prefetch import prefetch
+from kvengine.record import Recorder
 from kvengine.save import Save
 from kvengine.store import Store, exercise
 from kvengine.tenants import DEFAULT, Tenants
@@ -50,6 +51,7 @@ from kvengine.transfer import Transfer, Transfers
 from kvengine.writer import Writer
 
 CLOSE_S = 30.0
+RECORD_BYTES = 256 << 20
 FETCH_SHARE = 4  # a quarter of memory is lent to reads from tiers at a time
 
 
@@ -92,6 +94,7 @@ class Engine:
         self._fetches = Fetches(arena.nbytes // FETCH_SHARE, time.monotonic)
         self._finder = Finder(self._tiers, time.monotonic, config.find_s)
         self._costs = Costs()
+        self._recorder: Recorder | None = None
         self._pins = Pins(arena.nbytes // SOFT_SHARE, time.monotonic, self._store.unpin)
         self._pin: Pin | None = None
         self._ready = threading.Event()
@@ -201,6 +204,8 @@ class Engine:
         if self._gone(keys):
             return Lease(keys, np.empty(0, dtype=np.int32), 0, 0.0, self._store.release)
         self._pins.expire()
+        if self._recorder is not None:
+            self._recorder.asked(keys)
         lease = self._store.match(keys, self._found(keys), request)
         self.metrics.add("lookup_blocks", len(keys))
         if lease.in_memory:
@@ -340,6 +345,22 @@ class Engine:
         """Take pins away, soft and hard. Returns how many there were."""
         return 0 if self._away() else self._pins.remove(_listed(keys))
 
+    def record(self, path: str | Path | None, size_bytes: int = RECORD_BYTES) -> None:
+        """Write down from now on what `match` is asked for, as a trace; None: no more.
+
+        Hashes and times, never a token. The file at `path` is begun anew; it and the one before it
+        (NAME.1) take at most `size_bytes`. Raises ConfigError where the file cannot be made.
+        """
+        before, self._recorder = self._recorder, None
+        if before is not None:
+            before.close()
+        if path is not None:
+            self._alive()
+            try:
+                self._recorder = Recorder(Path(path), size_bytes, time.monotonic)
+            except OSError as error:
+                raise ConfigError(f"record: {path} cannot be made: {error.strerror}") from None
+
     def flush(self, timeout_s: float = CLOSE_S) -> bool:
         """Wait until every committed block is in the tier below, or given up. False: too late."""
         if self._away():
@@ -414,6 +435,7 @@ class Engine:
             return
         self._closed = True
         atexit.unregister(self._leave)
+        self.record(None)
         self._store.arena.stop()
         self._populating.join()
         self._transfers.close(CLOSE_S)
@@ -432,6 +454,7 @@ class Engine:
         if self._detached or self._closed:
             return
         self._detached = True
+        self._recorder = None  # its file is the parent's
         self.metrics = Metrics()  # a lost thread may hold the locks of the other
         self._store.detach()
         self._transfers.detach()

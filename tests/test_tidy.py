@@ -51,7 +51,7 @@ LAYERS = (
     ("codec", "pin", "kernels.variants", "fetches", "tiers.segments", "tiers.remote"),
     ("tiers.*", "transfer", "peer.node", "peer.wire", "peer.membership"),
     ("store", "peer.tier", "peer.client"),
-    ("trace", "plan", "pins", "load", "save", "writer"),
+    ("trace", "plan", "pins", "record", "load", "save", "writer"),
     ("curves",),
     ("prefetch",),
     ("engine",),

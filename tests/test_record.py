@@ -1,0 +1,47 @@
+"""A recording is a trace of what was asked for, within its bytes."""
+
+from pathlib import Path
+
+import pytest
+
+import kvengine
+import rig
+from kvengine import trace
+from kvengine.errors import ConfigError
+
+OF = rig.layout()
+
+
+def test_what_is_asked_is_recorded(tmp_path: Path):
+    path = tmp_path / "asked.jsonl"
+    with kvengine.open("mem://?size=1M") as engine:
+        names = rig.names(engine, OF)
+        engine.record(path)
+        for blocks in (3, 5, 2, 0):
+            engine.match(names.keys(rig.prompt(blocks, OF))).release()
+        engine.match(names.keys(rig.prompt(4, OF, seed=1))).release()
+        engine.match(names.keys(rig.prompt(4, OF))[2:]).release()  # a later part: left out
+        engine.record(None)
+        engine.match(names.keys(rig.prompt(1, OF))).release()
+    read = trace.read(path, OF.block_tokens)
+    assert [len(read.path(request)) for request in range(read.requests)] == [3, 5, 2, 0, 4]
+    assert read.unique == 9 and path.stat().st_mode & 0o777 == 0o600
+    assert read.path(1)[:3].tolist() == read.path(0).tolist()
+
+
+def test_a_recording_has_a_limit(tmp_path: Path):
+    path = tmp_path / "asked.jsonl"
+    with kvengine.open("mem://?size=1M") as engine:
+        keys = rig.names(engine, OF).keys(rig.prompt(5, OF))
+        engine.record(path, 2000)
+        for _ in range(100):
+            engine.match(keys).release()
+    sizes = [file.stat().st_size for file in tmp_path.iterdir()]
+    assert len(sizes) == 2 and max(sizes) <= 1000
+    assert trace.read(path, OF.block_tokens).unique == 5
+
+
+def test_a_file_that_cannot_be_made_is_said(tmp_path: Path):
+    with kvengine.open("mem://?size=1M") as engine:
+        with pytest.raises(ConfigError, match="cannot be made"):
+            engine.record(tmp_path / "no" / "asked.jsonl")
