@@ -160,7 +160,7 @@ def play(
             costs.computed(who, stop * BLOCK_TOKENS, tokens, took * compute_noise[r])
         if not plans or costs.pays(who, 0, block_bytes, BLOCK_TOKENS):
             _keep(held, path, capacity)
-    return Outcome(saved, split, refused)
+    return Outcome(float(saved), split, refused)
 
 
 def _keep(held: OrderedDict[int, None], path: Sequence[int], capacity: int) -> None:
