@@ -27,7 +27,11 @@ class Server:
     def __init__(self, command: Callable[[int], list[str]], port: int | None = None) -> None:
         self.port = port or free_port()
         self._command = command
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.kill()
+            raise
 
     def start(self) -> None:
         self.process = subprocess.Popen(
