@@ -164,7 +164,9 @@ class Load:
                 self._give_back(part, part.rows, part.slots, good)
         finally:
             try:
-                if not part.late:
+                if part.late:
+                    self._unclaim(part)  # the tier may be broken, and never report
+                else:
                     self._let_go(part)
             finally:
                 self._part_done()
@@ -176,15 +178,20 @@ class Load:
         self._store.fetched(self._ids[rows], slots, keep, parent, part.tier)
 
     def _let_go(self, part: Part) -> None:
-        """Let others fetch what a part has claimed, or find it in memory."""
+        """Let others fetch what a part has claimed, or find it in memory; give its share back."""
+        lent, part.lent = part.lent, 0
+        try:
+            self._unclaim(part)
+        finally:
+            if lent:
+                self._fetches.end(lent)
+
+    def _unclaim(self, part: Part) -> None:
         if part.alarm is not None:
             part.alarm.cancel()
         claimed, part.claimed = part.claimed, EMPTY
-        lent, part.lent = part.lent, 0
         if len(claimed):
             self._fetches.free(claimed)
-        if lent:
-            self._fetches.end(lent)
 
     def _part_done(self) -> None:
         with self._lock:
