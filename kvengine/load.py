@@ -172,10 +172,9 @@ class Load:
                 self._part_done()
 
     def _give_back(self, part: Part, rows: NDArray[np.intp], slots: Slots, keep: Bools) -> None:
-        before = rows[0] - 1
-        parent = int(self._ids[before]) if before >= 0 else NO_PARENT
         assert part.tier is not None
-        self._store.fetched(self._ids[rows], slots, keep, parent, part.tier)
+        above = parents_of(self._ids, rows)
+        self._store.fetched(self._ids[rows], slots, keep, above, part.tier)
 
     def _let_go(self, part: Part) -> None:
         """Let others fetch what a part has claimed, or find it in memory; give its share back."""
@@ -534,6 +533,12 @@ def windows(
             step = max(1, window_bytes(number) // store.frame_bytes(number))
             for at in range(0, len(mine), step):
                 yield mine[at : at + step], tier
+
+
+def parents_of(ids: Int32s, rows: NDArray[np.intp]) -> Int32s:
+    """Return the block before each of some rows of a table; before the first one, none is known."""
+    above: Int32s = np.where(rows > 0, ids[rows - 1], NO_PARENT).astype(np.int32)
+    return above
 
 
 def pieces(header_bytes: int, segment_bytes: Sequence[int]) -> tuple[Piece, ...]:

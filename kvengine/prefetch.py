@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from kvengine.arena import Slots
 from kvengine.compiled import Int32s
 from kvengine.fetches import Fetches
-from kvengine.load import windows
-from kvengine.policy import NO_PARENT
+from kvengine.load import parents_of, windows
 from kvengine.store import Store
 from kvengine.tiers import Tier
 
@@ -46,8 +45,8 @@ def prefetch(
         left -= nbytes
         begun += len(mine)
         kept[mine] = True
-        parent = int(ids[mine[0] - 1]) if mine[0] else NO_PARENT
-        window = Window(store, tiers[tier], tier, fetches, ids[mine], parent, deadline)
+        above = parents_of(ids, mine)
+        window = Window(store, tiers[tier], tier, fetches, ids[mine], above, deadline)
         fetches.begin(nbytes, deadline, partial(window.turn, nbytes))
     store.unpin(ids[~kept])
     return begun
@@ -63,7 +62,7 @@ class Window:
         number: int,
         fetches: Fetches,
         ids: Int32s,
-        parent: int,
+        parents: Int32s,
         deadline: float,
     ) -> None:
         self._store = store
@@ -71,7 +70,7 @@ class Window:
         self._number = number
         self._fetches = fetches
         self._ids = ids
-        self._parent = parent
+        self._parents = parents
         self._deadline = deadline
         self._lock = threading.Lock()
 
@@ -98,7 +97,8 @@ class Window:
         try:
             if len(slots):
                 ids = self._ids[: len(slots)]
-                self._store.fetched(ids, slots, arrived, self._parent, self._number)
+                parents = self._parents[: len(slots)]
+                self._store.fetched(ids, slots, arrived, parents, self._number)
         finally:
             self._fetches.free(self._ids)
             if lent:

@@ -416,9 +416,14 @@ class Store:
             return slots, self._spans(ids[: len(slots)], slots)
 
     def fetched(
-        self, ids: Int32s, slots: Slots, keep: Bools, parent: int = NO_PARENT, tier: int = 0
+        self, ids: Int32s, slots: Slots, keep: Bools, parents: Int32s | None = None, tier: int = 0
     ) -> None:
-        """Take lent slots back: those in `keep` hold whole blocks, and stay with their entries."""
+        """Take lent slots back: those in `keep` hold whole blocks, and stay with their entries.
+
+        parents: the id of the block before each one, or NO_PARENT; None where they are not known.
+        """
+        if parents is None:
+            parents = np.full(len(ids), NO_PARENT, dtype=np.int32)
         now = self._clock()
         with self._lock:
             nbytes = self._spaces[int(self._index.rows[ids[0], NAMESPACE])].nbytes
@@ -433,7 +438,7 @@ class Store:
             rows[ids[first], SLOT] = slots[first]
             self.arena.give(nbytes, slots[~first])
             prints = self._index.prints(ids)
-            for run in _split(ids, prints, np.flatnonzero(first), parent, nbytes):
+            for run in _split(ids[first], prints[first], parents[first], nbytes):
                 self._policy.added(run, now)
             self._policy.held(ids[first])
             self._metrics.add("fetched_blocks", int(first.sum()), tier=self._tiers[tier].name)
@@ -852,15 +857,13 @@ def _runs(reservation: Reservation, good: Bools, nbytes: int) -> Iterator[Run]:
         yield Run(ids[start:stop], int(parents[start]), position, nbytes, prints[start:stop])
 
 
-def _split(
-    ids: Int32s, prints: Int64s, chosen: NDArray[np.intp], parent: int, nbytes: int
-) -> Iterator[Run]:
-    """Cut the chosen ones of consecutive blocks into runs. Positions are not known: 0."""
-    for start, stop in _consecutive(chosen):
-        at = int(chosen[start])
-        above = int(ids[at - 1]) if at else parent
-        each = chosen[start:stop]
-        yield Run(ids[each], above, 0, nbytes, prints[each])
+def _split(ids: Int32s, prints: Int64s, parents: Int32s, nbytes: int) -> Iterator[Run]:
+    """Cut blocks into runs, each of which continues the one before. Positions are not known: 0."""
+    if not len(ids):
+        return
+    cuts = [0, *(np.flatnonzero(parents[1:] != ids[:-1]) + 1).tolist(), len(ids)]
+    for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        yield Run(ids[start:stop], int(parents[start]), 0, nbytes, prints[start:stop])
 
 
 def _consecutive(indices: NDArray[np.intp]) -> Iterator[tuple[int, int]]:

@@ -12,6 +12,7 @@ from kvengine import Engine, load
 from kvengine.cache import PagedCache
 from kvengine.codec import Raw
 from kvengine.frame import Template, frame_bytes
+from kvengine.index import NO_SLOT
 from kvengine.store import Store
 from kvengine.tiers.disk import DiskTier
 
@@ -140,3 +141,24 @@ def test_a_save_whose_books_fail(engine, monkeypatch):
         assert engine.stats()["reservations"] == 0
     assert rig.save(engine, keys, source).good.all()
     assert rig.check_right(engine, keys, source).all()
+
+
+def test_what_is_fetched_continues_the_block_before_it_in_the_prompt(engine, monkeypatch):
+    """Windows of a tier have holes where blocks are in memory: policies are told of chains."""
+    runs = []
+    keys = keys_of(engine)
+    with engine.match(keys) as lease:
+        ids = lease.ids.tolist()
+    assert rig.load(engine, keys[:2], rig.caches(OF, BLOCKS)).good.all()
+    assert rig.load(engine, keys[:6], rig.caches(OF, BLOCKS), [5, 4], first=4).good.all()
+    with engine.match(keys) as lease:
+        away = np.flatnonzero(engine._store.slots(lease.ids) == NO_SLOT)
+    assert len(away) and away[0] > 0 and (np.diff(away) > 1).any()  # there is a hole
+    policy = engine._store._policy
+    monkeypatch.setattr(policy, "added", lambda run, now: runs.append(run))
+    assert rig.load(engine, keys, rig.caches(OF, BLOCKS)).good.all()
+    assert sum(len(run.entries) for run in runs) == len(away)
+    for run in runs:
+        first = ids.index(int(run.entries[0]))
+        assert run.entries.tolist() == ids[first : first + len(run.entries)]
+        assert run.parent == ids[first - 1]
