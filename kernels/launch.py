@@ -110,7 +110,7 @@ class Torch:
     ) -> None:
         """Compile on first use, and launch."""
         with self._on_device():
-            kernel[grid](*arguments, **constants, num_warps=num_warps)
+            kernel[grid](*arguments, **constants, num_warps=num_warps, **build.OPTIONS)
 
     def _on_device(self) -> contextlib.AbstractContextManager[None]:
         """Make the device torch's current one: triton launches on that, whatever it is given."""

@@ -91,7 +91,8 @@ def test_torch_launches_where_it_has_gpus(
             return lambda *given, **named: launched.append((grid, given, named, list(entered)))
 
     found.run(Kernel(), (3, 2), (5,), {"TILE": 8}, 1)
-    assert launched == [((3, 2), (5,), {"TILE": 8, "num_warps": 1}, ["cuda:1"])]
+    options = {"TILE": 8, "num_warps": 1, "enable_fp_fusion": False}
+    assert launched == [((3, 2), (5,), options, ["cuda:1"])]
     assert entered == ["cuda:1", "left"]  # of the device that it was made for
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +15,7 @@ from kvengine.kernels.build import TARGETS, Built, Variant
 ROOT = Path(__file__).resolve().parent.parent
 
 # Two kernels that the gate must refuse: one holds more values than a thread has registers for, one
-# reads words that lie apart.
+# reads words that lie apart. And one that adds products.
 PLANTED = """
 import triton
 import triton.language as tl
@@ -34,6 +35,12 @@ def greedy_kernel(source_ptr, target_ptr, COUNT: tl.constexpr):
 def strided_kernel(source_ptr, target_ptr, COUNT: tl.constexpr):
     offs = tl.arange(0, COUNT)
     tl.store(target_ptr + offs, tl.load(source_ptr + offs * 64))
+
+@triton.jit
+def spread_kernel(source_ptr, target_ptr, COUNT: tl.constexpr):
+    offs = tl.arange(0, COUNT)
+    high, low = tl.load(source_ptr + offs), tl.load(source_ptr + COUNT + offs)
+    tl.store(target_ptr + offs, high * (1.0 / 15.0) - low * (1.0 / 15.0))
 """
 
 
@@ -159,6 +166,21 @@ def test_copies_store_as_wide_as_their_addresses_allow(
             moved = variant.elements * 16
             threads = TARGETS[target][2] * variant.num_warps
             assert built.stores[variant.store_bits] * variant.store_bits * threads == moved
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_products_are_rounded_before_they_are_added(target: str, planted: ModuleType) -> None:
+    """The host rounds twice: int4's scales, cut off to bf16, would differ where both are exact."""
+    variant = Variant(
+        "spread",
+        planted.spread_kernel,
+        signature={"source_ptr": "*fp32", "target_ptr": "*fp32"},
+        constants={"COUNT": 1024},
+        aligned=("source_ptr", "target_ptr"),
+    )
+    found = build.compile(variant, target).opcodes
+    assert not [opcode for opcode in found if re.match(r"FFMA|v_(pk_)?(fma|mac)", opcode)]
+    assert [opcode for opcode in found if re.match(r"FMUL|v_(pk_)?mul_f32", opcode)]
 
 
 def test_faults_name_each_promise() -> None:
