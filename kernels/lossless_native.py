@@ -29,7 +29,9 @@ GROUP = 8  # elements whose codes lie together
 WIDE = 64  # elements of a vector
 ESCAPE = 7
 OVERFULL = np.uint8(3)
-TILE_NBYTES = 2 * (8192 + WIDE)  # of a tile at most, coded or not, and slack behind it
+# Of a tile at most, and slack behind it. Coded it is the largest where it has one token only: a
+# byte a channel beside 11 bits and a share of escapes for each element.
+TILE_NBYTES = 20 << 10
 TOKENS_MAX = 64  # of a tile
 COMMON = 2  # escapes of a vector: those of K and V are 1 or 2 on average
 

@@ -53,6 +53,7 @@ CASES = [
     Case("several_tiles", tokens=64, heads=2, dims=(128, 80), layers=1, blocks=(4,)),
     Case("many_tokens", tokens=100, heads=1, dims=(8, 72), layers=1, blocks=(1,)),
     Case("one_token", tokens=1, heads=1, dims=(8,), layers=1),
+    Case("one_wide_token", tokens=1, heads=64, dims=(128,), layers=1),
     Case("repeated", blocks=(3, 3, 1, 3), layers=1),
     Case("no_blocks", blocks=()),
 ]
