@@ -8,7 +8,9 @@ and rounding adds 1.5 * 2**23, which leaves the nearest integer in the low bits.
 """
 
 import functools
+import zlib
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -380,9 +382,12 @@ def _compiled(*signature: Any, sums: bool = False) -> Callable[[Any], Callable[[
     sums: sums may be added in any order. Nothing is raised for a division by zero.
     """
     kept = types.void(*signature)
+    # numba's cache looks at names, and at the age of this file: what quant.py says is in the code
+    stamp = zlib.crc32(Path(quant.__file__).read_bytes())
     how: Any = {"nogil": True, "error_model": "numpy", "fastmath": {"reassoc"} if sums else False}
 
     def build(function: Any) -> Any:
+        function.__qualname__ = f"{function.__name__}_{stamp:08x}"
         try:
             return numba.njit(kept, cache=True, **how)(function)
         except (RuntimeError, OSError):  # no directory for the cache, or no room in it

@@ -5,6 +5,7 @@ Run as a program it does the Triton kernels' part, as tests/gpu.py says.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 
 import ml_dtypes
@@ -367,6 +368,25 @@ def test_native_without_numba_says_what_to_install(monkeypatch: pytest.MonkeyPat
     setup = Setup(CASES[0], "int8")
     quant.encode("int8", setup.rows, *setup.everything, setup.digests)
     assert setup.frames_whole()
+
+
+def nothing() -> None:
+    """Stands for what is compiled, which takes longer."""
+
+
+def test_a_constant_that_changes_is_compiled_anew(
+    require: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    native = require("kvengine.kernels.quant_native")
+    config = require("numba").config
+    monkeypatch.setattr(config, "CACHE_LOCATOR_CLASSES", "UserProvidedCacheLocator", raising=False)
+    monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
+    source = Path(quant.__file__).read_text()
+    for text, count in ((source, 1), (source, 1), (source.replace("0.2578", "0.2579"), 2)):
+        (tmp_path / "quant.py").write_text(text)
+        monkeypatch.setattr(quant, "__file__", str(tmp_path / "quant.py"))
+        native._compiled()(nothing)()()
+        assert len(list(tmp_path.rglob("*.nbi"))) == count
 
 
 def test_triton_kernels_equal_the_reference(require: Callable[[str], ModuleType]) -> None:
