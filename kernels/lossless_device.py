@@ -19,7 +19,7 @@ from kvengine.kernels import lossless, rows
 from kvengine.kernels.build import REGISTERS_MAX, Variant
 from kvengine.kernels.copy import OVERFULL, Int64s, Span
 from kvengine.kernels.device import Ids
-from kvengine.kernels.launch import Launcher, launcher
+from kvengine.kernels.launch import Launcher, expect_memory, launcher
 from kvengine.kernels.rows import Rows
 
 _COLUMNS = tl.constexpr(rows.COLUMNS)
@@ -40,6 +40,7 @@ _AT, _SIZE = tl.constexpr(AT), tl.constexpr(SIZE)
 # 64 elements a thread take 33 instructions each for sm_90, 32 take 45; the decoder needs too many
 # registers for that, and gains little.
 ENCODE_WARPS, DECODE_WARPS = 4, 8
+BLOCKS_MAX = 65535  # of a launch: a grid's second axis is no longer
 
 _OVERFULL = tl.constexpr(OVERFULL)
 _LOST = tl.constexpr(-(1 << 63))  # as in device.py: the offset of an id that is out of range
@@ -253,7 +254,9 @@ def encode(
     device: str | Launcher,
     ids: Ids | None = None,
 ) -> None:
-    """Code cache -> frames in one launch, in the device's current stream, without digests.
+    """Code cache -> frames in the device's current stream, without digests.
+
+    One launch, or one for each BLOCKS_MAX blocks.
 
     verdicts: uint8[N, S], device memory that holds GOOD: that of a segment without room for its
     escapes becomes OVERFULL, its status word, to be read when the stream has passed the launch.
@@ -330,15 +333,17 @@ def _launch(
     _, count_blocks, count_units = table.offsets.shape
     offsets = on.table(table.offsets) if ids is None else ids.offsets(table, on)
     tables = [on.table(table.components), offsets, on.table(table.frames), on.table(jobs)]
-    counts = [blocks[0], count_blocks, count_units]
+    counts = [count_blocks, count_units]
     kernel, num_warps = decode_tiles_kernel, DECODE_WARPS
     if verdicts is not None:
+        expect_memory("verdicts", verdicts, 1, len(table.frames) * len(table.segments))
         tables.append(verdicts)
         counts.append(len(table.segments))
         kernel, num_warps = encode_tiles_kernel, ENCODE_WARPS
-    grid = (len(jobs), blocks[1] - blocks[0])
-    arguments = (*tables, *counts)
-    on.run(kernel, grid, arguments, constants | {"ALIGN": align}, num_warps=num_warps)
+    constants = constants | {"ALIGN": align}
+    for first in range(blocks[0], blocks[1], BLOCKS_MAX):
+        grid = (len(jobs), min(BLOCKS_MAX, blocks[1] - first))
+        on.run(kernel, grid, (*tables, first, *counts), constants, num_warps=num_warps)
 
 
 def _constants(jobs: Int64s) -> dict[str, int]:

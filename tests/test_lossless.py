@@ -426,6 +426,16 @@ def ranged(device: ModuleType, on: Launcher) -> None:
     device.encode(ours.rows, (1, 3), (1, 2), found, on)
     gpu.settle()
     assert np.array_equal(ours.frames, theirs.frames), "encode of a range"
+    with pytest.MonkeyPatch.context() as patch:  # more blocks than a launch takes
+        patch.setattr(device, "BLOCKS_MAX", 2)
+        whole = Setup(CASES[2])
+        whole.encoded()
+        device.encode(ours.rows, *ours.everything, found, on)
+        wanted = ours.empty_caches()
+        device.decode(ours.rows, *ours.everything, on)
+        gpu.settle()
+    assert np.array_equal(ours.frames, whole.frames), "encode in several launches"
+    assert all(map(np.array_equal, ours.caches, wanted)), "decode in several launches"
     components = ours.rows.components.copy()
     components[:, rows.BASE] += 2
     odd = Rows(components, *(getattr(ours.rows, name) for name in REST))
