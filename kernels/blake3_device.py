@@ -20,7 +20,7 @@ import triton.language as tl
 
 from kvengine.kernels.build import Variant
 from kvengine.kernels.copy import Int64s, expect
-from kvengine.kernels.launch import Launcher, launcher
+from kvengine.kernels.launch import Launcher, expect_memory, launcher
 
 CHUNK = 1024
 BLOCK = 64  # bytes of a compression
@@ -293,6 +293,7 @@ def hash_messages(
     messages = len(nbytes)
     if not messages:
         return
+    expect_memory("out", out, WORD, 8 * messages)
     on = launcher(device)
     words, flags = _key(on, key)
     longest = int(nbytes.max())
@@ -336,8 +337,11 @@ def key_chain(
         raise ValueError(f"{len(before)} parents, expected {len(counts)} of {KEY_BYTES} bytes")
     if len(table) and int(table[:, 1].min()) < 0:
         raise ValueError(f"a prompt of {int(table[:, 1].min())} blocks")
-    if not int(table[:, 1].sum()):
+    blocks = int(table[:, 1].sum())
+    if not blocks:
         return
+    expect_memory("leaves", leaves, WORD, 8 * blocks)
+    expect_memory("out", out, WORD, 8 * blocks)
     on = launcher(device)
     words, flags = _key(on, root)
     first = on.table(np.frombuffer(b"".join(before), "<u4").reshape(-1, 8))
@@ -372,6 +376,7 @@ def block_keys(
     blocks = int(sum(counts))
     if not blocks:
         return
+    expect_memory("tokens", tokens, WORD, blocks * block_tokens)
     on = launcher(device)
     nbytes = np.full(blocks, WORD * block_tokens, np.int64)
     addresses = tokens.data_ptr() + np.arange(blocks) * nbytes

@@ -17,7 +17,7 @@ import triton.language as tl
 from kvengine.kernels import copy
 from kvengine.kernels.build import Variant
 from kvengine.kernels.copy import Int64s, Moves, Span
-from kvengine.kernels.launch import Launcher, launcher
+from kvengine.kernels.launch import Launcher, expect_memory, launcher
 from kvengine.kernels.rows import Rows
 
 TILE = 2048  # words of a program: 4 warps, 16 bytes a thread, four loads in flight for each
@@ -154,6 +154,11 @@ class Ids:
                 f"expected {(count_blocks, count_units)} with {groups}"
             )
         count = count_blocks * count_units
+        kind = str(self.ids.dtype).rpartition(".")[2]
+        if kind not in ("int32", "int64"):
+            raise TypeError(f"ids are {kind}, expected int32 or int64")
+        expect_memory("ids", self.ids, np.dtype(kind).itemsize, count)
+        expect_memory("error", self.error, 4, 1)
         offsets = on.empty(moves.offsets.shape, np.int64)
         on.run(
             offsets_kernel,

@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import math
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -251,6 +252,16 @@ def kind_of(argument: Any) -> str:
     elif isinstance(argument, int) and not isinstance(argument, bool):
         return "i32" if -(1 << 31) <= argument < 1 << 31 else "i64"
     raise TypeError(f"{argument!r} is no argument of a kernel: give integers and device memory")
+
+
+def expect_memory(name: str, memory: Any, item_bytes: int, count: int) -> None:
+    """Raise ValueError unless device memory is contiguous and has at least `count` elements."""
+    compact = memory.is_contiguous() if hasattr(memory, "is_contiguous") else True
+    if not compact or memory.dtype.itemsize != item_bytes or math.prod(memory.shape) < count:
+        raise ValueError(
+            f"{name} is {memory.dtype}{list(memory.shape)}{'' if compact else ', not contiguous'}: "
+            f"expected contiguous memory of {count} elements of {item_bytes} bytes"
+        )
 
 
 def launcher(device: str | Launcher) -> Launcher:

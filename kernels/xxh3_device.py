@@ -23,7 +23,7 @@ from kvengine.kernels import copy, device
 from kvengine.kernels.build import Variant
 from kvengine.kernels.copy import Int64s, Moves, Span, expect
 from kvengine.kernels.device import Ids
-from kvengine.kernels.launch import Launcher, launcher
+from kvengine.kernels.launch import Launcher, expect_memory, launcher
 
 SHORT_NBYTES = 240  # has another form of the hash: the host's
 KIB = 1024
@@ -336,6 +336,7 @@ def digest_spans(addresses: Int64s, nbytes: Int64s, out: Any, device: str | Laun
         return
     if int(nbytes.min()) <= SHORT_NBYTES:
         raise ValueError(_too_short(int(nbytes.min())))
+    expect_memory("out", out, 8, 2 * len(nbytes))
     on = launcher(device)
     constants = on.table(CONSTANTS)
     sums, table = _span_sums(addresses, nbytes, on, constants)
@@ -370,6 +371,10 @@ def _moved(
         return
     if int(chosen[:, copy.NBYTES].min()) <= SHORT_NBYTES:
         raise ValueError(_too_short(int(chosen[:, copy.NBYTES].min())))
+    places = len(moves.frames) * len(moves.segments)
+    expect_memory("digests", digests, 8, 2 * places)
+    if verdicts is not None:
+        expect_memory("verdicts", verdicts, 1, places)
     on = launcher(where)
     constants = on.table(CONSTANTS)
     gathers = verdicts is None

@@ -129,9 +129,10 @@ def refused() -> None:
     one, two = np.zeros((1, 1), np.int64), np.zeros((1, 2), np.int64)
     size = np.array([64], np.int64)
     tokens = on.table(np.zeros(16, np.int64))
+    out = on.table(np.zeros((1, 8), np.uint32))
 
     def hash(*arguments: object, **named: object) -> None:
-        blake3_device.hash_messages(*arguments, None, on, **named)
+        blake3_device.hash_messages(*arguments, out, on, **named)
 
     for error, said, call in (
         (ValueError, "multiples of 4 up to the 64", lambda: hash(one, 64, size - 1)),
@@ -147,6 +148,11 @@ def refused() -> None:
             ValueError,
             "blocks of 0 tokens",
             lambda: keys_of(on.table(np.zeros(1, np.int32)), 0, [1]),
+        ),
+        (
+            ValueError,
+            "tokens is torch.int32[31]" if isinstance(on, launch.Torch) else "tokens is int32[31]",
+            lambda: keys_of(on.table(np.zeros(31, np.int32)), 16, [2]),
         ),
         (ValueError, "2 parents, expected 1", lambda: chain_of([1], [KEY, KEY])),
         (ValueError, "of 32 bytes", lambda: chain_of([1], [KEY[1:]])),

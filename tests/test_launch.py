@@ -7,6 +7,7 @@ names, and launched through it; the driver is a fake one.
 import contextlib
 import ctypes
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -56,6 +57,23 @@ def test_arguments_have_types() -> None:
     for wrong in (True, 0.5, "x", None, bare.empty((1,), np.complex64)):
         with pytest.raises(TypeError, match="is no argument of a kernel"):
             launch.kind_of(wrong)
+
+
+def test_memory_that_does_not_fit_is_named(require: Callable[[str], ModuleType]) -> None:
+    torch = require("torch")
+    ids = torch.zeros((4, 3), dtype=torch.int32)
+    bare = Bare(FakeDriver())
+    for good in (ids, ids.view(-1), ids[1:], bare.empty((9,), np.int32)):
+        launch.expect_memory("ids", good, 4, 9)
+    for wrong, shown in (
+        (ids[:, :2], "torch.int32[4, 2], not contiguous"),
+        (ids.T, "torch.int32[3, 4], not contiguous"),
+        (ids[:2], "torch.int32[2, 3]"),
+        (ids.long(), "torch.int64[4, 3]"),
+        (bare.empty((8,), np.int32), "int32[8]"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"ids is {shown}: expected contiguous")):
+            launch.expect_memory("ids", wrong, 4, 8 if "not" in shown else 9)
 
 
 def test_a_launcher_is_found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:

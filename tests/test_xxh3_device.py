@@ -164,10 +164,11 @@ def ids() -> None:
         (np.zeros((4, 2), np.int32), 8, np.zeros((1, 2), np.int64), "ids are"),
         (np.zeros((4, 1), np.int32), 8, np.zeros((1, 2), np.int32), "strides is"),
         (np.zeros((4, 1), np.int32), 1 << 31, np.zeros((1, 2), np.int64), "no such cache"),
+        (np.zeros((4, 1), np.float32), 8, np.zeros((2, 2), np.int64), "ids are float32"),
     ):
         try:
             device.Ids(on.table(table), strides, limit, None).offsets(setup.moves, on)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             assert said in str(error)
         else:
             raise AssertionError(said)
