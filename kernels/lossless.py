@@ -114,8 +114,7 @@ def check(rows: Rows) -> None:
 
     Called once for each layout: `encode` and `decode` rely on it and do not look again.
     """
-    if rows.dtype != "bfloat16":
-        raise ValueError(f"elements of {rows.dtype}: lossless coding knows bfloat16")
+    expect_bf16(rows)
     for s, (first, count, offset, nbytes) in enumerate(rows.segments.tolist()):
         at = offset
         for c in range(first, first + count):
@@ -132,6 +131,12 @@ def check(rows: Rows) -> None:
             at += encoded_nbytes(rows.tokens, row[HEADS] * row[DIM])
         if at - offset != nbytes:
             raise ValueError(f"segment {s} has {nbytes} bytes, its components {at - offset}")
+
+
+def expect_bf16(rows: Rows) -> None:
+    """Raise ValueError for elements of another dtype."""
+    if rows.dtype != "bfloat16":
+        raise ValueError(f"elements of {rows.dtype}: lossless coding knows bfloat16")
 
 
 def encode(
@@ -322,6 +327,7 @@ def _fits(
     digests: npt.NDArray[np.uint64],
     verdicts: npt.NDArray[np.uint8],
 ) -> None:
+    expect_bf16(rows)
     rows.check_ranges(blocks, segments)
     shape = (len(rows.frames), len(rows.segments))
     for name, table, dtype, wanted in (

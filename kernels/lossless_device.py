@@ -302,6 +302,10 @@ def _jobs(
     for s, (first, count) in enumerate(np.frombuffer(segments, np.int64).reshape(-1, 2).tolist()):
         for c in range(first, first + count):
             heads, dim, frame = shapes[c]
+            if dim % lossless.GROUP:
+                raise ValueError(
+                    f"heads of {dim} elements, expected a multiple of {lossless.GROUP}"
+                )
             tiles = lossless.tiles(tokens, heads * dim).copy()
             tiles[:, lossless.AT] += frame
             place = np.full((len(tiles), 2), (c, first_segment + s), np.int64)
@@ -319,6 +323,7 @@ def _launch(
     device: str | Launcher,
     ids: Ids | None,
 ) -> None:
+    lossless.expect_bf16(table)
     table.check_ranges(blocks, segments)
     align = alignment(table, ids)
     if align % 4:

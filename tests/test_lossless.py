@@ -5,7 +5,7 @@ imported, so that part has a process of its own.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import numpy as np
@@ -377,6 +377,10 @@ def test_bad_input_is_named() -> None:
         wrong = Rows(components, table.offsets, table.segments, table.frames, 16, dtype)
         with pytest.raises(ValueError, match=named):
             lossless.check(wrong)
+    half = replace(table, dtype="float16")
+    for function in (lossless.encode, lossless.decode):
+        with pytest.raises(ValueError, match="elements of float16: lossless coding knows bfloat16"):
+            function(half, *setup.everything, setup.digests, setup.verdicts)
 
 
 def test_triton_kernels_equal_the_reference(require: Callable[[str], ModuleType]) -> None:
@@ -441,6 +445,12 @@ def ranged(device: ModuleType, on: Launcher) -> None:
     odd = Rows(components, *(getattr(ours.rows, name) for name in REST))
     with pytest.raises(ValueError, match="are multiples of 2 bytes, expected of 4"):
         device.encode(odd, *ours.everything, found, on)
+    with pytest.raises(ValueError, match="elements of float16"):
+        device.decode(replace(ours.rows, dtype="float16"), *ours.everything, on)
+    components[:, rows.BASE] -= 2
+    components[:, [rows.HEADS, rows.DIM]] = 16, 4
+    with pytest.raises(ValueError, match="heads of 4 elements, expected a multiple of 8"):
+        device.decode(odd, *ours.everything, on)
 
 
 REST = ("offsets", "segments", "frames", "tokens", "dtype")
