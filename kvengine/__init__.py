@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kvengine.keys import BlockKeys, Namespace
     from kvengine.layout import Layout
     from kvengine.lease import Lease
+    from kvengine.retention import Retention
     from kvengine.transfer import Transfer
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ __all__ = [
     "Lease",
     "ModelNotSupported",
     "Namespace",
+    "Retention",
     "Transfer",
     "open",
 ]
@@ -65,6 +67,7 @@ HOMES = (
     ("Namespace", "keys"),
     ("Layout", "layout"),
     ("Lease", "lease"),
+    ("Retention", "retention"),
     ("Transfer", "transfer"),
 )
 

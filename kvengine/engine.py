@@ -36,8 +36,10 @@ from kvengine.pins import SOFT_SHARE, Pins
 from kvengine.plan import MEMORY, Costs
 from kvengine.policy import Request
 from kvengine.policy.named import policy_of
+from kvengine.policy.retention import Retained
 from kvengine.prefetch import prefetch
 from kvengine.record import Recorder
+from kvengine.retention import Retention, check_seconds
 from kvengine.save import Save
 from kvengine.store import Store, exercise
 from kvengine.tenants import DEFAULT, Tenants
@@ -96,6 +98,7 @@ class Engine:
         self._costs = Costs()
         self._recorder: Recorder | None = None
         self._pins = Pins(arena.nbytes // SOFT_SHARE, time.monotonic, self._store.unpin)
+        self._ttl_s: dict[int, float] = {}  # of namespaces, by number
         self._pin: Pin | None = None
         self._ready = threading.Event()
         self._populating = threading.Thread(
@@ -131,6 +134,7 @@ class Engine:
         positional: str = "rope",
         pool: str = "target",
         source: str = "tokens",
+        ttl_s: float | None = None,
     ) -> Namespace:
         """Return where keys of one model (adapter, salt …) come from.
 
@@ -139,9 +143,12 @@ class Engine:
         names the serving engine's own hash where keys are made of it. `fidelity` is "exact", or
         "int8", "fp8", "int4" or "rot4": what is loaded then is close to what was saved, blocks
         take a half or a quarter of the memory, and none of them answers another fidelity's key.
-        Raises LayoutError for a layout that the fidelity cannot take.
+        After `ttl_s` from their save its blocks leave memory, used or not; the last one given for a
+        namespace counts. Raises LayoutError for a layout that the fidelity cannot take, ConfigError
+        for a `ttl_s` that is no time.
         """
         self._alive()
+        check_seconds("ttl_s", ttl_s)
         smaller = self.config.lossless and launch.available("numba")  # else copying is far faster
         forms = forms_of(fidelity, layout, smaller=smaller)
         identity = Identity(
@@ -160,7 +167,10 @@ class Engine:
             source=source,
             epoch=self._tenants.epoch(),
         )
-        return self._store.namespace(identity, layout, self._tenants.secret(), forms)
+        made = self._store.namespace(identity, layout, self._tenants.secret(), forms)
+        if ttl_s is not None:
+            self._ttl_s[made.number] = ttl_s
+        return made
 
     def cache(
         self, namespace: Namespace, arrays: Sequence[object], *, writable: bool = True
@@ -243,12 +253,16 @@ class Engine:
         caches: PagedCache | Sequence[object],
         block_table: object = None,
         slot_mapping: object = None,
+        *,
+        retention: Retention | Sequence[Retention] = (),
     ) -> Transfer:
         """Begin to store blocks that the engine does not hold yet; return at once.
 
         block_table: int[len(keys)], where each block lies in `caches`; or slot_mapping:
         int[len(keys) * block_tokens], where each token lies. The blocks must not change until the
-        Transfer is done. What finds no room is refused and counted. Raises LayoutError for arrays
+        Transfer is done. What finds no room is refused and counted. `retention` says how to keep
+        them, one for each range of tokens; blocks that were held before are only kept better by it,
+        or left alone where nobody had used retention when they came. Raises LayoutError for arrays
         or tables that do not fit.
         """
         layout = keys.namespace.layout
@@ -263,7 +277,8 @@ class Engine:
         if self._costs.active and self._tiers:
             self._spare(keys.namespace)
         parts = (self._store, self._transfers, self._finder, self.metrics, self._saved)
-        Save(*parts, transfer, keys, cache, table, mapping).start()
+        asked = self._asked(keys.namespace, retention)
+        Save(*parts, transfer, keys, cache, table, mapping, asked).start()
         return transfer
 
     def load(
@@ -344,6 +359,45 @@ class Engine:
     def unpin(self, keys: BlockKeys) -> int:
         """Take pins away, soft and hard. Returns how many there were."""
         return 0 if self._away() else self._pins.remove(_listed(keys))
+
+    def hint(
+        self,
+        keys: BlockKeys,
+        *,
+        session_end: bool = False,
+        branch_done: bool = False,
+        expect_resume_in: float | None = None,
+        prefetch: bool = False,
+    ) -> int:
+        """Tell what will become of a prompt. Returns how many of its blocks the hint reached.
+
+        Exactly one of: `session_end` (its blocks leave before all others), `branch_done` (only
+        those at its end that no other prompt continues), `expect_resume_in` seconds (they leave
+        after all others until then; with `prefetch` those in tiers are read ahead now). A use of a
+        block ends its hint. Blocks that are not in memory, or came before anybody used retention,
+        are counted and left alone. Raises ConfigError for contradictory hints.
+        """
+        check_seconds("expect_resume_in", expect_resume_in)
+        resumes = expect_resume_in is not None
+        if session_end + branch_done + resumes != 1 or (prefetch and not resumes):
+            raise ConfigError(
+                "hint: give one of session_end, branch_done and expect_resume_in; prefetch goes "
+                "with the last"
+            )
+        if self._gone(keys):
+            return 0
+        if prefetch:
+            with self._store.match(keys, self._found(keys)) as lease:
+                self.prefetch(lease, min(lease.in_memory, max(0, lease.blocks - 1)))
+
+        def tell(policy: Retained, entries: Int32s, now: float) -> int:
+            if expect_resume_in is not None:
+                return policy.expect(entries, now + expect_resume_in, now)
+            return policy.end(entries, now, branch=branch_done)
+
+        known = self._store.retain(keys, tell)
+        self.metrics.add("hint_unknown_blocks", len(keys) - known)
+        return known
 
     def record(self, path: str | Path | None, size_bytes: int = RECORD_BYTES) -> None:
         """Write down from now on what `match` is asked for, as a trace; None: no more.
@@ -558,6 +612,17 @@ class Engine:
         if writable and not caches.writable:
             raise LayoutError("this PagedCache was made for saving only: make it with engine.cache")
         return caches
+
+    def _asked(
+        self, namespace: Namespace, given: Retention | Sequence[Retention]
+    ) -> Sequence[Retention]:
+        """Return how to keep what is saved; from the first that asks for anything on, heed it."""
+        asked = [given] if isinstance(given, Retention) else list(given)
+        if (ttl_s := self._ttl_s.get(namespace.number)) is not None:
+            asked.insert(0, Retention(ttl_s=ttl_s))
+        if asked:
+            self._store.retaining()
+        return asked
 
     def _refuse(self, transfer: Transfer) -> Transfer:
         transfer.finish(transfer.good, 0, "refused")

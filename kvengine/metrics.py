@@ -55,6 +55,7 @@ TABLE = (
     ),
     Series("kvengine_plan_decisions_total", "counter", ("reason",), "Prompts, by what was fetched"),
     Series("kvengine_dropped_blocks_total", "counter", (), "Blocks dropped by command"),
+    Series("kvengine_hint_unknown_blocks_total", "counter", (), "Blocks of hints, not known here"),
     Series("kvengine_expired_total", "counter", ("kind",), "Leases and reservations past deadline"),
     Series("kvengine_pinned_bytes", "gauge", (), "Bytes of memory that a GPU reaches by itself"),
     Series("kvengine_pin_failures_total", "counter", (), "Times that memory could not be pinned"),

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvengine.cache import PagedCache
+from kvengine.compiled import Int32s
 from kvengine.kernels.copy import GOOD, OVERFULL
 from kvengine.keys import BlockKeys
 from kvengine.lease import Reservation
 from kvengine.metrics import Metrics
+from kvengine.policy.retention import NEVER, Retained
+from kvengine.retention import Retention
 from kvengine.store import Form, Store
 from kvengine.tiers.finder import Finder
 from kvengine.transfer import Job, Transfer, Transfers
@@ -37,6 +40,7 @@ class Save:
         cache: PagedCache,
         table: NDArray[np.int64] | None,
         mapping: NDArray[np.int64] | None,
+        keep: Sequence[Retention] = (),
     ) -> None:
         self._store = store
         self._transfers = transfers
@@ -49,6 +53,8 @@ class Save:
         self._table = table
         self._mapping = None if mapping is None else mapping.reshape(len(keys), -1)
         self._good = np.zeros(len(keys), dtype=np.bool_)
+        self._keep = keep
+        self._before = np.zeros(len(keys), dtype=np.bool_)  # held when the save began
         self._forms = store.forms(keys.namespace)
         self._saved = 0
         self._left = 1
@@ -69,6 +75,7 @@ class Save:
         keys = self._keys if whole else self._keys[first:last]
         reservation = self._store.reserve(keys, form)
         self._good[first:last] |= reservation.held
+        self._before[first:last] |= reservation.held
         if not len(reservation):
             return
         try:
@@ -172,5 +179,18 @@ class Save:
             if not self._good.all():
                 # A key named twice, or saved by another meanwhile.
                 self._good |= self._store.contains(self._keys)
+            for each in self._keep:
+                self._retain(each)
             nbytes = self._saved * self._keys.namespace.layout.payload_bytes
             self._transfer.finish(self._good, nbytes)
+
+    def _retain(self, asked: Retention) -> None:
+        tokens = self._keys.namespace.layout.block_tokens
+        part = asked.blocks(self._keys.position, len(self._keys), tokens)
+        new = (~self._before[part]).astype(np.int32)
+        length, life = asked.duration_s or NEVER, asked.ttl_s or NEVER
+
+        def tell(policy: Retained, entries: Int32s, now: float) -> int:
+            return policy.keep(entries, new, asked.priority, now + length, now + life, now)
+
+        self._store.retain(self._keys[part], tell)

@@ -41,6 +41,7 @@ from kvengine.layout import Layout
 from kvengine.lease import Bools, Lease, Reservation
 from kvengine.metrics import Metrics
 from kvengine.policy import NO_PARENT, Policy, Request, Run
+from kvengine.policy.retention import Retained
 from kvengine.tiers import Held, Span, Tier
 
 EMPTY = np.empty(0, dtype=np.int32)
@@ -268,6 +269,21 @@ class Store:
         with self._lock:
             away = self._index.rows[ids, SLOT] == NO_SLOT
             return _lowest(np.where(away, self._index.tiers(ids), 0), 0)
+
+    def retaining(self) -> Retained:
+        """Have the policy heed what callers ask for, of blocks that come from now on."""
+        with self._lock:
+            if not isinstance(self._policy, Retained):
+                self._policy = Retained(self._policy)
+            return self._policy
+
+    def retain(self, keys: BlockKeys, tell: Callable[[Retained, Int32s, float], int]) -> int:
+        """Tell the policy, under the lock, what is asked for blocks; -1: not in memory."""
+        policy, now = self.retaining(), self._clock()
+        with self._lock:
+            ids = self._index.find(keys.words)
+            in_memory = self._present(ids, keys.namespace.number)[1]
+            return tell(policy, np.where(in_memory, ids, np.int32(UNKNOWN)), now)
 
     # reserve → fill → commit
 

@@ -21,6 +21,7 @@ FROZEN = {
     "kvengine_write_skipped_blocks_total": ("counter", ("tier",)),
     "kvengine_fetched_blocks_total": ("counter", ("tier",)),
     "kvengine_saved_prefill_seconds_total": ("counter", ()),
+    "kvengine_hint_unknown_blocks_total": ("counter", ()),
     "kvengine_plan_decisions_total": ("counter", ("reason",)),
     "kvengine_dropped_blocks_total": ("counter", ()),
     "kvengine_expired_total": ("counter", ("kind",)),

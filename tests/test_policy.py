@@ -20,6 +20,7 @@ POLICIES = [
     ("kvengine.policy.s3fifo", "S3FIFO"),
     ("kvengine.policy.windowed", "WindowedLRU"),
     ("kvengine.policy.adaptive", "Adaptive"),
+    ("kvengine.policy.retention", "Retained"),
 ]
 
 PAGE_BYTES = 4096
