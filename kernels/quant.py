@@ -1,7 +1,8 @@
 """Lossy codecs: int8, fp8, int4 and rot4. A row in, codes and scales out, and back.
 
     scheme  codes                                             scales                bits, dim 128
-    int8    absolute maximum / 127, nearest                   bf16 a row            8.125
+    int8    absolute maximum / 127, nearest; keys: of a       bf16 a channel        8.25 (64 tokens)
+            channel over up to 64 tokens; values: of a row    bf16 a row            8.125
     fp8     e4m3, absolute maximum / 448, nearest             bf16 a row            8.125
     int4    keys: (x - low) / scale of a channel over up to   two bf16 a channel    4.5 (64 tokens)
             64 tokens; values: of a group of a row's channels two bf16 a group      4.5
@@ -17,8 +18,9 @@ in the low half of byte j, channel j + dim / 2 in the high half. All arithmetic 
 precision with integer rounding, so that every path gives the same codes; rot4's rotation adds in
 any order, and its codes may differ where a value lies on an edge between two levels.
 
-What is not finite: a row (int8, fp8), piece (rot4) or group (int4) with a NaN or an infinity comes
-back as NaN, all of it, and so does one whose spread (int4) or squared length (rot4) overflows. What
+What is not finite: a row (int8 values, fp8), channel (int8 keys), piece (rot4) or group (int4) with
+a NaN or an infinity comes back as NaN, all of it, and so does one whose spread (int4) or squared
+length (rot4) overflows. What
 is smaller than single precision's normal numbers comes back as zero. Nothing finite becomes
 infinite.
 
@@ -38,7 +40,7 @@ from kvengine.kernels.rows import DIM, FRAME, HEADS, KEYS, NBYTES, OFFSET, Rows,
 
 SCHEMES = ("int8", "fp8", "int4", "rot4")
 PLANE_ALIGN = 16
-CHUNK_TOKENS = 64  # tokens of a group of int4 keys, at most
+CHUNK_TOKENS = 64  # tokens of a channel of int8 or int4 keys that are coded together, at most
 WIDE_DIM = 64  # int4 values of longer rows have a group for each half
 PIECE_MAX = 128  # channels that are rotated together, at most
 PIECE_MIN = 16
@@ -84,6 +86,8 @@ def planes(scheme: str, heads: int, tokens: int, dim: int, keys: bool) -> tuple[
     rows = heads * tokens
     if scheme in ("int8", "fp8"):
         codes, scales = rows * dim, 2 * rows
+        if by_channel(scheme, keys):
+            scales = 2 * heads * dim * -(-tokens // CHUNK_TOKENS)
     elif scheme == "rot4":
         codes, scales = rows * dim // 2, 2 * rows * (dim // piece(dim))
     elif keys:
@@ -91,6 +95,11 @@ def planes(scheme: str, heads: int, tokens: int, dim: int, keys: bool) -> tuple[
     else:
         codes, scales = rows * dim // 2, 4 * rows * groups(dim)
     return _padded(codes), _padded(scales)
+
+
+def by_channel(scheme: str, keys: bool) -> bool:
+    """Tell whether a component has scales of channels: keys have a few that are far larger."""
+    return keys and scheme in ("int8", "int4")
 
 
 def groups(dim: int) -> int:
@@ -166,7 +175,8 @@ def encode_component(scheme: str, words: Words, dtype: str, keys: bool) -> Bytes
     values = floats(words, dtype)
     scales: Words
     if scheme == "int8":
-        codes, scales = _encode_rows(values, 127.0, dtype, _nearest_int8)
+        encode_steps = _encode_columns if keys else _encode_rows
+        codes, scales = encode_steps(values, 127.0, dtype, _nearest_int8)
     elif scheme == "fp8":
         codes, scales = _encode_rows(values, 448.0, dtype, _nearest_e4m3)
     elif scheme == "rot4":
@@ -191,7 +201,7 @@ def decode_component(
     shape = (heads, tokens, dim)
     if scheme == "int8":
         steps = codes[: heads * tokens * dim].view(np.int8).reshape(shape).astype(np.float32)
-        return _scaled(steps, scales, 1, dtype)
+        return _scaled_columns(steps, scales, dtype) if keys else _scaled(steps, scales, 1, dtype)
     if scheme == "fp8":
         return _scaled(_of_e4m3(codes[: heads * tokens * dim].reshape(shape)), scales, 1, dtype)
     codes = codes[: heads * tokens * dim // 2]
@@ -259,20 +269,31 @@ def lowest(dtype: str) -> np.float32:
     return -cap(dtype, 1.0)
 
 
-# int8 and fp8: a scale a row
+# int8 and fp8: a scale a row; int8's keys: a scale a channel
 
 
 def _encode_rows(
-    values: Floats, most: float, dtype: str, nearest: Callable[[Floats], Bytes]
+    values: Floats, most: float, dtype: str, nearest: Callable[[Floats], Bytes], axis: int = 2
 ) -> tuple[Bytes, Halves]:
-    magnitude = (_bits(values) & 0x7FFF_FFFF).max(axis=2)
+    magnitude = (_bits(values) & 0x7FFF_FFFF).max(axis=axis, keepdims=True)
     bad = magnitude >= INFINITY
     largest = np.where(bad, 0, magnitude).astype(np.uint32).view(np.float32)
     scale = np.minimum(_of_bf16(_bf16(largest * np.float32(1 / most))), cap(dtype, most))
     scale = np.where(scale < NORMAL_MIN, np.float32(0), scale)
-    finite = np.where(bad[:, :, None], np.float32(0), values)
-    steps = np.clip(finite * _inverse(scale)[:, :, None], np.float32(-most), np.float32(most))
+    finite = np.where(bad, np.float32(0), values)
+    steps = np.clip(finite * _inverse(scale), np.float32(-most), np.float32(most))
     return nearest(steps), np.where(bad, np.uint16(BF16_NAN), _bf16(scale))
+
+
+def _encode_columns(
+    values: Floats, most: float, dtype: str, nearest: Callable[[Floats], Bytes]
+) -> tuple[Bytes, Halves]:
+    parts = [
+        _encode_rows(values[:, at : at + CHUNK_TOKENS], most, dtype, nearest, 1)
+        for at in range(0, values.shape[1], CHUNK_TOKENS)
+    ]
+    codes, scales = (np.concatenate(each, axis=1) for each in zip(*parts, strict=True))
+    return codes, scales
 
 
 def _nearest_int8(steps: Floats) -> Bytes:
@@ -296,10 +317,21 @@ def _of_e4m3(codes: Bytes) -> Floats:
 
 
 def _scaled(steps: Floats, scales: Bytes, pieces: int, dtype: str) -> Words:
-    """Multiply each piece of each row by its scale; a scale of NaN makes its piece NaN."""
+    """Multiply each piece of each row by its scale; a scale of NaN makes all of its own NaN."""
     heads, tokens, dim = steps.shape
     words = scales[: 2 * heads * tokens * pieces].view(np.uint16).reshape(heads, tokens, pieces)
-    words = np.repeat(words, dim // pieces, axis=2)
+    return _times(steps, np.repeat(words, dim // pieces, axis=2), dtype)
+
+
+def _scaled_columns(steps: Floats, scales: Bytes, dtype: str) -> Words:
+    """Multiply each channel of each chunk of tokens by its scale."""
+    heads, tokens, dim = steps.shape
+    chunks = -(-tokens // CHUNK_TOKENS)
+    words = scales[: 2 * heads * chunks * dim].view(np.uint16).reshape(heads, chunks, dim)
+    return _times(steps, np.repeat(words, CHUNK_TOKENS, axis=1)[:, :tokens], dtype)
+
+
+def _times(steps: Floats, words: Halves, dtype: str) -> Words:
     bad = (words & 0x7F80) == 0x7F80
     scale = _of_bf16(np.where(bad, np.uint16(0), words))
     with np.errstate(over="ignore"):

@@ -2,9 +2,9 @@
 
 Imports triton, so it is imported on use only. With TRITON_INTERPRET=1 set before that,
 the kernels run on the CPU, on the addresses of any array. Digests are not computed here. A launch
-takes all components of one shape: every layer, K and V (int4 has a launch for keys and one for
-values). Elements are read as integer words and rounded by integers, so that codes are those of the
-reference on every target: e4m3 needs no instruction of its own, and no target is refused.
+takes all components of one shape: every layer, K and V (int8 and int4 have a launch for keys and
+one for values). Elements are read as integer words and rounded by integers, so that codes are those
+of the reference on every target: e4m3 needs no instruction of its own, and no target is refused.
 
 A value x is scaled and clamped to a small range before 1.5 * 2**23 is added: the nearest integer,
 ties to even, stands in the low bits of the sum.
@@ -175,6 +175,15 @@ def _near_e4m3(step):
 
 
 @triton.jit
+def _scale(most, MOST: tl.constexpr, CAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Give the scales of what has a largest magnitude of these bits, and which are not finite."""
+    bad = most >= _INFINITY  # bits of positive numbers order as they do
+    scale = _float(_near_bf16(_float(tl.where(bad, 0, most)) * (1.0 / MOST)) << 16)
+    scale = tl.minimum(scale, CAP)
+    return tl.where(scale < _NORMAL_MIN, 0.0, scale), bad
+
+
+@triton.jit
 def encode_rows_kernel(  # type: ignore[no-untyped-def]  # triton reads annotations as its own
     components_ptr,  # int64[C, 8]
     offsets_ptr,  # int64[G, N, U]
@@ -205,11 +214,7 @@ def encode_rows_kernel(  # type: ignore[no-untyped-def]  # triton reads annotati
     )
     x = _load(address, col, known[:, None] & (col < DIM)[None, :], KIND, CACHE_ALIGN)
 
-    most = tl.max(_bits(x) & _ABSOLUTE, 1)  # bits of positive numbers order as they do
-    bad = most >= _INFINITY
-    scale = _float(_near_bf16(_float(tl.where(bad, 0, most)) * (1.0 / MOST)) << 16)
-    scale = tl.minimum(scale, CAP)
-    scale = tl.where(scale < _NORMAL_MIN, 0.0, scale)
+    scale, bad = _scale(tl.max(_bits(x) & _ABSOLUTE, 1), MOST, CAP)
     step = tl.where(bad[:, None], 0.0, x) * _inverse(scale)[:, None]
     step = tl.minimum(tl.maximum(step, -MOST), MOST)
     code = _near_e4m3(step) if MOST == 448.0 else _bits(step + _MAGIC)
@@ -261,6 +266,88 @@ def decode_rows_kernel(  # type: ignore[no-untyped-def]
     )
     mask = known[:, None] & (col < DIM)[None, :]
     _store(address, col, step * scale[:, None], bad[:, None], mask, KIND, CACHE_ALIGN)
+
+
+@triton.jit
+def encode_columns_kernel(  # type: ignore[no-untyped-def]
+    components_ptr,
+    offsets_ptr,
+    frames_ptr,
+    first_block,
+    count_blocks,
+    count_units,
+    tokens,
+    tiles,
+    CAP: tl.constexpr,
+    KIND: tl.constexpr,
+    DIM: tl.constexpr,
+    CACHE_ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,  # tokens of a chunk, a power of two
+    COLS: tl.constexpr,  # channels of a program
+):
+    PARTS: tl.constexpr = (DIM + COLS - 1) // COLS
+    n = (first_block + tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    row = components_ptr + tl.program_id(1).to(tl.int64) * _COLUMNS
+    chunks = (tokens + _CHUNK - 1) // _CHUNK
+    h = (tile // (chunks * PARTS)).to(tl.int64)
+    chunk = tile // PARTS % chunks
+    t = (chunk * _CHUNK + tl.arange(0, ROWS)).to(tl.int64)
+    col = tile % PARTS * COLS + tl.arange(0, COLS)
+    live = t < tokens
+    address, known = _addresses(row, offsets_ptr, n, t, h, live, count_blocks, count_units)
+    x = _load(address, col, known[:, None] & (col < DIM)[None, :], KIND, CACHE_ALIGN)
+
+    scale, bad = _scale(tl.max(_bits(x) & _ABSOLUTE, 0), 127.0, CAP)
+    step = tl.where(bad[None, :], 0.0, x) * _inverse(scale)[None, :]
+    code = _bits(tl.minimum(tl.maximum(step, -127.0), 127.0) + _MAGIC)
+
+    heads = tl.load(row + _HEADS)
+    codes = _bytes_at(tl.load(frames_ptr + n) + tl.load(row + _FRAME))
+    place = ((h * tokens + t) * DIM)[:, None] + col[None, :]
+    tl.store(codes + place, code.to(tl.uint8), mask=live[:, None] & (col < DIM)[None, :])
+    scales = codes + _padded(heads * tokens * DIM)
+    words = tl.where(bad, _BF16_NAN, _bits(scale) >> 16)
+    _store_halves(scales, (h * chunks + chunk) * DIM + col, words, col < DIM)
+    _pad(codes, heads * tokens * DIM, tile)
+    _pad(scales, heads * chunks * DIM * 2, tile)
+
+
+@triton.jit
+def decode_columns_kernel(  # type: ignore[no-untyped-def]
+    components_ptr,
+    offsets_ptr,
+    frames_ptr,
+    first_block,
+    count_blocks,
+    count_units,
+    tokens,
+    tiles,
+    KIND: tl.constexpr,
+    DIM: tl.constexpr,
+    CACHE_ALIGN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    PARTS: tl.constexpr = (DIM + COLS - 1) // COLS
+    n = (first_block + tl.program_id(0) // tiles).to(tl.int64)
+    tile = tl.program_id(0) % tiles
+    row = components_ptr + tl.program_id(1).to(tl.int64) * _COLUMNS
+    chunks = (tokens + _CHUNK - 1) // _CHUNK
+    h = (tile // (chunks * PARTS)).to(tl.int64)
+    chunk = tile // PARTS % chunks
+    t = (chunk * _CHUNK + tl.arange(0, ROWS)).to(tl.int64)
+    col = tile % PARTS * COLS + tl.arange(0, COLS)
+    live = t < tokens
+    mask = live[:, None] & (col < DIM)[None, :]
+    codes = _bytes_at(tl.load(frames_ptr + n) + tl.load(row + _FRAME))
+    code = tl.load(codes + ((h * tokens + t) * DIM)[:, None] + col[None, :], mask=mask, other=0)
+    scales = codes + _padded(tl.load(row + _HEADS) * tokens * DIM)
+    scale, bad = _scales(scales, (h * chunks + chunk) * DIM + col, col < DIM)
+    step = code.to(tl.int8, bitcast=True).to(tl.float32)
+    address, known = _addresses(row, offsets_ptr, n, t, h, live, count_blocks, count_units)
+    mask = known[:, None] & (col < DIM)[None, :]
+    _store(address, col, step * scale[None, :], bad[None, :], mask, KIND, CACHE_ALIGN)
 
 
 @triton.jit
@@ -721,6 +808,15 @@ def plan(
     if scheme in ("int8", "fp8"):
         most = 127.0 if scheme == "int8" else 448.0
         cols = triton.next_power_of_2(dim)
+        if quant.by_channel(scheme, keys):
+            count = _rows(min(tokens, quant.CHUNK_TOKENS), quant.CHUNK_TOKENS)
+            cols = min(cols, TILE // quant.CHUNK_TOKENS)
+            constants |= {"ROWS": count, "COLS": cols}
+            if encodes:
+                constants["CAP"] = float(quant.cap(dtype, most))
+            kernel = encode_columns_kernel if encodes else decode_columns_kernel
+            parts = -(-dim // cols) * -(-tokens // quant.CHUNK_TOKENS)
+            return Plan(kernel, constants, _warps(count * cols), heads * parts)
         count = _rows(heads * tokens, TILE // cols)
         constants |= {"MOST": most, "ROWS": count, "COLS": cols}
         if encodes:
@@ -799,7 +895,7 @@ def _launch(
     offsets = on.table(table.offsets) if ids is None else ids.offsets(table, on)
     frames = on.table(table.frames)
     shapes = components[:, [rows.HEADS, rows.DIM, rows.KEYS]].copy()
-    if scheme != "int4":
+    if not quant.by_channel(scheme, True):
         shapes[:, 2] = 1
     for heads, dim, keys in np.unique(shapes, axis=0).tolist():
         mine = np.ascontiguousarray(components[(shapes == (heads, dim, keys)).all(axis=1)])
@@ -849,9 +945,12 @@ VARIANTS = tuple(
     _variant(scheme, encodes, what, *shape)
     for encodes in (True, False)
     for scheme, what, *shape in (
-        ("int8", "rows of 128", 8, 64, 128),
-        ("int8", "fp16 rows of 128", 8, 64, 128, True, "float16"),
-        ("int8", "fp32 rows of 128", 8, 64, 128, True, "float32"),
+        ("int8", "keys of 128, 16 tokens", 8, 16, 128),
+        ("int8", "keys of 128, 64 tokens", 8, 64, 128),
+        ("int8", "fp32 keys of 128, 64 tokens", 8, 64, 128, True, "float32"),
+        ("int8", "values of 128", 8, 64, 128, False),
+        ("int8", "fp16 values of 128", 8, 64, 128, False, "float16"),
+        ("int8", "fp32 values of 128", 8, 64, 128, False, "float32"),
         ("fp8", "rows of 128", 8, 64, 128),
         ("int4", "keys of 128, 16 tokens", 8, 16, 128),
         ("int4", "keys of 128, 64 tokens", 8, 64, 128),

@@ -435,6 +435,113 @@ def _finish_planes(codes: int, scales: int, nbytes: int, scale_bytes: int) -> No
     _zero(scales + scale_bytes, -scale_bytes % 16)
 
 
+@register_jitable
+def _raise(address: int, dim: int, kind: int, most: Any) -> None:
+    """Raise the bits of each channel's largest magnitude to those of a row."""
+    if kind == BF16:
+        halves = carray(_halves_at(address), dim)
+        for i in range(dim):
+            most[i] = max(most[i], U32(halves[i] & np.uint16(0x7FFF)) << U32(16))
+    elif kind == F16:
+        halves = carray(_halves_at(address), dim)
+        for i in range(dim):
+            most[i] = max(most[i], _bits(_of_half(halves[i])) & ABSOLUTE)
+    else:
+        words = carray(_words_at(address), dim)
+        for i in range(dim):
+            most[i] = max(most[i], words[i] & ABSOLUTE)
+
+
+@register_jitable
+def _column_scales(most: Any, scales: Any, inverse: Any, cap: Any) -> Any:
+    """Do `_row_scale` of each channel, without a branch; return whether one is not finite."""
+    any_bad = U32(0)
+    for i in range(len(scales)):
+        bad = U32(1) if most[i] >= INFINITY else U32(0)
+        any_bad |= bad
+        word = U32(_bf16(_float(U32(0) if bad else most[i]) * F32(1 / 127)))
+        scale = _float(word << U32(16))
+        bits = _bits(cap if scale > cap else scale)
+        bits = U32(0) if bits < NORMAL_MIN else bits
+        near = _inverse(_float(bits if bits > U32(0) else U32(0x3F80_0000)))
+        inverse[i] = near if bits > U32(0) else F32(0)
+        scales[i] = BF16_NAN if bad else np.uint16(bits >> U32(16))
+    return any_bad
+
+
+@register_jitable
+def _encode_columns(
+    offsets: Any,
+    row: Any,
+    n: int,
+    tokens: int,
+    kind: int,
+    codes_at: int,
+    scales_at: int,
+    values: Any,
+    cap: Any,
+) -> None:
+    """Encode int8 keys, a scale a channel of a chunk of tokens; rows are read twice."""
+    heads, dim = row[4], row[5]
+    chunks = (tokens + CHUNK - 1) // CHUNK
+    most, inverse = np.empty(dim, np.uint32), np.empty(dim, np.float32)
+    for h in range(heads):
+        for chunk in range(chunks):
+            start = chunk * CHUNK
+            count = min(CHUNK, tokens - start)
+            most[:] = 0
+            for t in range(start, start + count):
+                _fetch(_row_at(offsets, row, n, t, min(h + 1, heads - 1)), dim, kind, 0)
+                _raise(_row_at(offsets, row, n, t, h), dim, kind, most)
+            scales = carray(_halves_at(scales_at + 2 * (h * chunks + chunk) * dim), dim)
+            bad = _column_scales(most, scales, inverse, cap)
+            for t in range(start, start + count):
+                _load(_row_at(offsets, row, n, t, h), dim, kind, values)
+                codes = carray(_bytes_at(codes_at + (h * tokens + t) * dim), dim)
+                for i in range(dim):
+                    step = _clip(values[i] * inverse[i], F32(-127), F32(127))
+                    codes[i] = np.uint8(_bits(step + MAGIC))
+                if bad:
+                    for i in range(dim):
+                        codes[i] = np.uint8(0) if most[i] >= INFINITY else codes[i]
+
+
+@register_jitable
+def _decode_columns(
+    offsets: Any,
+    row: Any,
+    n: int,
+    tokens: int,
+    kind: int,
+    codes_at: int,
+    scales_at: int,
+    values: Any,
+) -> None:
+    heads, dim = row[4], row[5]
+    chunks = (tokens + CHUNK - 1) // CHUNK
+    scale = np.empty(dim, np.float32)
+    for h in range(heads):
+        for chunk in range(chunks):
+            start = chunk * CHUNK
+            words = carray(_halves_at(scales_at + 2 * (h * chunks + chunk) * dim), dim)
+            bad = U32(0)
+            for i in range(dim):
+                nan = words[i] & np.uint16(0x7F80) == np.uint16(0x7F80)
+                bad |= U32(1) if nan else U32(0)
+                scale[i] = _of_bf16(np.uint16(0) if nan else words[i])
+            for t in range(start, min(start + CHUNK, tokens)):
+                codes = carray(_bytes_at(codes_at + (h * tokens + t) * dim), dim)
+                for i in range(dim):
+                    values[i] = F32(np.int8(codes[i])) * scale[i]
+                target = _row_at(offsets, row, n, t, h)
+                _fetch(_row_at(offsets, row, n, t, min(h + 1, heads - 1)), dim, kind, 1)
+                _store(values, target, dim, kind)
+                if bad:
+                    for i in range(dim):
+                        if words[i] & np.uint16(0x7F80) == np.uint16(0x7F80):
+                            _store_nan(target + i * (4 if kind == KIND_F32 else 2), 1, kind)
+
+
 @_compiled(*_TABLES, types.float32, types.float32)
 def _encode_rows(
     components: Any,
@@ -456,6 +563,11 @@ def _encode_rows(
             heads, dim = row[4], row[5]
             count = heads * tokens
             codes_at, scales_at = _planes(frames, row, n, count * dim)
+            if row[6] and most == F32(127):
+                _encode_columns(offsets, row, n, tokens, kind, codes_at, scales_at, values, cap)
+                scale_bytes = 2 * heads * dim * ((tokens + CHUNK - 1) // CHUNK)
+                _finish_planes(codes_at, scales_at, count * dim, scale_bytes)
+                continue
             scales = carray(_halves_at(scales_at), count)
             for t in range(tokens):
                 for h in range(heads):
@@ -496,6 +608,9 @@ def _decode_rows(
             heads, dim = row[4], row[5]
             count = heads * tokens
             codes_at, scales_at = _planes(frames, row, n, count * dim)
+            if row[6] and most == F32(127):
+                _decode_columns(offsets, row, n, tokens, kind, codes_at, scales_at, values)
+                continue
             scales = carray(_halves_at(scales_at), count)
             for t in range(tokens):
                 for h in range(heads):

@@ -241,10 +241,10 @@ class Lossless:
 
 # Raise a scheme's version when its bytes change: blocks of another are other blocks.
 QUANTISED = {
-    "int8": (frame.ENCODING_INT8, "int8 v0 scale=row"),
+    "int8": (frame.ENCODING_INT8, "int8 v1 keys=channel values=row"),
     "fp8": (frame.ENCODING_FP8, "fp8 v0 e4m3 scale=row"),
-    "int4": (frame.ENCODING_INT4, "int4 v0 keys=channel values=group first=int8"),
-    "rot4": (frame.ENCODING_ROT4, "rot4 v0 first=int8"),
+    "int4": (frame.ENCODING_INT4, "int4 v1 keys=channel values=group first=int8"),
+    "rot4": (frame.ENCODING_ROT4, "rot4 v1 first=int8"),
 }
 FOUR_BITS = ("int4", "rot4")
 

@@ -47,6 +47,7 @@ def test_every_codec_has_its_rows(bench: ModuleType) -> None:
             assert values[case, "ratio"] * values[case, "bits_per_element"] == pytest.approx(16)
     # One block of two is the first of its prompt, and has 8 bits.
     assert values["int8", "bits_per_element"] == 8.25
+    assert values["int8 16 tokens", "bits_per_element"] == (9 + 8.25) / 2
     assert values["rot4", "bits_per_element"] == (4.25 + 8.25) / 2
     assert values["lossless 64 tokens", "ratio"] > 1.3
 

@@ -148,6 +148,7 @@ def test_frames_are_smaller_and_the_first_is_not(engine):
     [
         ("int9", {}, "'int9' is not known, expected one of exact, int8, fp8, int4, rot4"),
         ("int8 v9", {}, "is not known"),
+        ("int8 v0 scale=row", {}, "is not known"),
         ("int8", {"dtype": "uint8"}, "'int8' of uint8, expected a layout of bfloat16"),
         ("fp8", {"dtype": "float8_e4m3fn"}, "of float8_e4m3fn, .*: ask for 'exact'"),
         ("int4", {"head_dim": 33}, "packs channels in pairs: heads of 33 are odd; ask for"),

@@ -246,16 +246,34 @@ def test_ranges_touch_only_their_own(
 
 def test_int8_is_the_nearest_step_of_the_largest() -> None:
     """Against another formulation, in double precision."""
-    setup = Setup(replace(CASES[3], slots=False), "int8", ordinary=True)
+    setup = Setup(replace(CASES[6], dims=(64, 64)), "int8", ordinary=True)
     quant.encode("int8", setup.rows, *setup.everything, setup.digests)
-    before = setup.caches[0][setup.case.blocks[0]].copy()
+    before = [cache[setup.case.blocks[0]].copy() for cache in setup.caches]
     setup.poison()
     quant.decode("int8", setup.rows, *setup.everything, setup.digests, setup.verdicts)
-    given = values_of(before, "bfloat16")
-    found = values_of(setup.caches[0][setup.case.blocks[0]], "bfloat16")
-    step = np.abs(given).max(axis=2, keepdims=True) / 127
-    # half a step, what its own rounding to bf16 adds over 127 steps, and that of the result
-    assert (np.abs(found - given) <= step * (0.5 + 127 / 512) + np.abs(given) / 256).all()
+    for part, (words, cache) in enumerate(zip(before, setup.caches, strict=True)):
+        given = values_of(words, "bfloat16")
+        found = values_of(cache[setup.case.blocks[0]], "bfloat16")
+        for chunk in (slice(0, 64), slice(64, 67)):
+            largest = np.abs(given[chunk]).max(axis=2 if part else 0, keepdims=True)
+            # half a step, what its own rounding to bf16 adds over 127, and that of the result
+            most = largest / 127 * (0.5 + 127 / 512) + np.abs(given[chunk]) / 256
+            assert (np.abs(found[chunk] - given[chunk]) <= most).all()
+
+
+def test_int8_keys_bear_channels_that_are_far_larger() -> None:
+    """Of a row that has one, a scale of its own would leave the others few steps."""
+    draw = np.random.default_rng(2)
+    values = draw.standard_normal((2, 64, 128), np.float32)
+    values[:, :, 5] *= 50
+    words = as_words(values, "bfloat16")
+    error = {}
+    for keys in (True, False):
+        data = quant.encode_component("int8", words, "bfloat16", keys)
+        back = quant.decode_component("int8", data, *words.shape, "bfloat16", keys)
+        rest = np.delete(values_of(back, "bfloat16") - values_of(words, "bfloat16"), 5, axis=2)
+        error[keys] = (rest**2).mean()
+    assert error[True] * 50 < error[False]
 
 
 def test_e4m3_codes_are_those_of_ml_dtypes() -> None:
@@ -291,7 +309,7 @@ def test_what_is_not_finite_is_nan_and_stays_where_it_was(scheme: str, dtype: st
         setup.poison()
         quant.decode(scheme, setup.rows, *setup.everything, setup.digests, setup.verdicts)
         wanted = np.zeros((16, 2, 128), bool)
-        if scheme == "int4":  # the channel of the head
+        if quant.by_channel(scheme, True):  # the channel of the head
             wanted[:, 1, 5] = True
         else:
             wanted[3, 1, :] = True
