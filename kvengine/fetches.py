@@ -44,6 +44,7 @@ class Fetches:
         self._lock = threading.Lock()
         self._lent = 0
         self._turns: deque[Turn] = deque()
+        self._letting_in = False
         self._flying: dict[int, list[Join]] = {}
         self._alarms: list[Alarm] = []
         self._number = count()
@@ -69,17 +70,35 @@ class Fetches:
         self._let_in()
 
     def _let_in(self) -> None:
-        while True:
+        """Begin turns while there is memory for them, one thread at a time.
+
+        One that ends at once calls back in here: it finds somebody at it, who looks again.
+        """
+        with self._lock:
+            if self._letting_in:
+                return
+            self._letting_in = True
+        try:
+            while (turn := self._next_turn()) is not None:
+                turn[0].start(turn[1])
+        except BaseException:
             with self._lock:
-                if not self._turns:
-                    return
+                self._letting_in = False
+            raise
+
+    def _next_turn(self) -> tuple[Turn, bool] | None:
+        """Return whose turn it is, and whether in time. None, and nobody is at it: no one's."""
+        with self._lock:
+            if self._turns:
                 turn = self._turns[0]
                 in_time = self._clock() < turn.deadline
-                if in_time and self._lent and self._lent + turn.nbytes > self.share_bytes:
-                    return
-                self._turns.popleft()
-                self._lent += turn.nbytes if in_time else 0
-            turn.start(in_time)
+                room = not self._lent or self._lent + turn.nbytes <= self.share_bytes
+                if room or not in_time:
+                    self._turns.popleft()
+                    self._lent += turn.nbytes if in_time else 0
+                    return turn, in_time
+            self._letting_in = False
+            return None
 
     # Claims
 
@@ -151,9 +170,10 @@ class Fetches:
 
     def _run(self) -> None:
         while not self._closed:
-            when = self.ring()
+            self.ring()
             with self._ringing:
-                if not self._closed:
+                if not self._closed:  # an alarm may have come since
+                    when = self._alarms[0].when if self._alarms else None
                     self._ringing.wait(None if when is None else max(0.0, when - self._clock()))
 
     def close(self) -> None:
@@ -170,6 +190,7 @@ class Fetches:
         """After a fork, in the child: nothing is under way here."""
         self._lock = threading.Lock()
         self._ringing = threading.Condition(self._lock)
+        self._letting_in = False
         self._closed = True
 
 

@@ -333,14 +333,13 @@ class Load:
                 part.arrived[which[index]] &= good
                 waiting[0] -= 1
                 last = waiting[0] == 0
+                late = part.late
                 if last:
                     part.reading = False
-                late = part.late
+                    part.running += not late  # until this piece is scattered
             if last and late:
                 self._late_rest(part)
             elif last:
-                with self._lock:
-                    part.running += 1  # until this piece is scattered
                 if not self._transfers.submit(partial(self._step, part, over)):
                     self._step(part, over)
 

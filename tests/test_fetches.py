@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import pytest
 import kvengine
 import rig
 from kvengine.fetches import Fetches
-from kvengine.load import pieces
+from kvengine.load import Load, pieces
 
 OF = rig.layout()
 BLOCKS = 6
@@ -100,6 +101,47 @@ def test_alarms_ring_by_themselves():
     fetches = Fetches(100, lambda: 5.0)
     fetches.alarm(9.0, lambda: None)
     fetches.alarm(5.0, rang.set)
+    assert rang.wait(rig.WAIT_S)
+    fetches.close()
+
+
+def test_turns_that_end_at_once_do_not_pile_up(fetches):
+    said: list = []
+
+    def refused(in_time: bool) -> None:
+        said.append(in_time)
+        fetches.end(100)
+
+    begin(fetches, [], "first", 100)
+    for _ in range(2000):
+        fetches.begin(100, 10.0, refused)
+    fetches.end(100)
+    assert said == [True] * 2000
+    begin(fetches, said, "next", 100)
+    assert said[-1] == ("next", True)
+
+
+def test_a_turn_that_fails_holds_up_no_other(fetches):
+    said: list = []
+
+    def fails(in_time: bool) -> None:
+        raise RuntimeError("planted")
+
+    begin(fetches, said, "first", 100)
+    fetches.begin(10, 10.0, fails)
+    begin(fetches, said, "second", 100)
+    with pytest.raises(RuntimeError):
+        fetches.end(100)
+    fetches.end(10)
+    assert said == [("first", True), ("second", True)]
+
+
+def test_an_alarm_set_while_late_turns_are_told():
+    rang, time = threading.Event(), [0.0]
+    fetches = Fetches(100, lambda: time[0])
+    begin(fetches, [], "first", 100)
+    fetches.begin(100, 0.0, lambda in_time: fetches.alarm(0.0, rang.set))
+    fetches.alarm(0.0, lambda: None)
     assert rang.wait(rig.WAIT_S)
     fetches.close()
 
@@ -320,6 +362,42 @@ def test_no_layer_comes(engine, tier, layered):
     transfer, target = begin_load(engine)
     tier.let_go(good=False)
     assert transfer.wait(rig.WAIT_S) and not transfer.good.any() and is_right(target, [])
+    engine.check()
+
+
+def test_layers_scattered_just_as_the_next_have_come(engine, tier, layered, monkeypatch):
+    """The window is not over between the end of a read and the scatter of what it brought."""
+    go, passed, piece_done = threading.Event(), threading.Event(), Load._piece_done
+    exits = [1 << 30]
+
+    class Gate:
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+        def __enter__(self) -> None:
+            self.lock.acquire()
+
+        def __exit__(self, *_: object) -> None:
+            self.lock.release()
+            if threading.current_thread() is threading.main_thread():
+                exits[0] -= 1
+                if not exits[0]:
+                    go.set()
+                    assert passed.wait(rig.WAIT_S)
+
+    def held_back(load, part) -> None:
+        assert go.wait(rig.WAIT_S)
+        piece_done(load, part)
+        passed.set()
+
+    monkeypatch.setattr("kvengine.load.threading", SimpleNamespace(Lock=Gate))
+    monkeypatch.setattr(Load, "_piece_done", held_back)
+    transfer, target = begin_load(engine)
+    tier.let_go()
+    assert rig.poll(lambda: len(tier.reads) == BLOCKS)
+    exits[0] = BLOCKS  # the last report of the second read
+    tier.let_go()
+    assert transfer.wait(rig.WAIT_S) and transfer.good.all() and is_right(target, range(BLOCKS))
     engine.check()
 
 
