@@ -50,6 +50,23 @@ def test_what_was_never_synced_may_be_lost():
     assert found.lost > 20 and not found.wrong
 
 
+def test_a_promise_for_what_an_earlier_process_left():
+    """What a process wrote without a sync, and the next is given again, is synced by that."""
+    found = faults.Found()
+    for seed in range(10):
+        blocks, disk = faults.Blocks(4), SimDisk()
+        dead = faults.Scene(faults.DiskTier, disk, blocks, durable=False)
+        dead.write(range(4))
+        dead.tier.detach()
+        scene = faults.Scene(faults.DiskTier, disk, blocks, durable=True)
+        scene.write(range(4))
+        assert scene.acked == set(range(4))
+        dice = faults.np.random.default_rng(seed)
+        faults.inspect(found, faults.DiskTier, disk.crash(dice), blocks, scene.acked, "")
+        scene.tier.detach()
+    assert not found.lost and not found.wrong
+
+
 def test_power_loss():
     found = faults.power_loss(states=1200)
     assert found.well, found.notes

@@ -454,13 +454,15 @@ class DiskTier:
         try:
             if since < deadline and self._passes():
                 held = self._held(span)
+                if held is not None and self._durable and not held.segment.promised:
+                    self._sync_segments([held.segment])
                 found = None if held else self._write_frame(span)
             if found is not None:
                 self._went_well(since)
                 self._metrics.add("op_seconds", self._clock() - since, op="write", tier=self.name)
         finally:
             if found is None:
-                report(index, held is not None)
+                report(index, held is not None and not (self._durable and held.segment.gone))
             over(index, found)
             if held is not None:
                 self._written([held.segment])
@@ -484,15 +486,15 @@ class DiskTier:
     def _sync(self, unsynced: Sequence[tuple[int, Written]], report: Report) -> None:
         """Sync what a table was written to; only then do its blocks count."""
         written = [found for _, found in unsynced]
-        self._sync_segments(written)
+        self._sync_segments([place.segment for place, _ in written])
         for (index, _), good in zip(unsynced, self._settle(written), strict=True):
             report(index, good)
         self._written([place.segment for place, _ in written])
 
-    def _sync_segments(self, written: Sequence[Written]) -> None:
-        for segment in {place.segment.number: place.segment for place, _ in written}.values():
+    def _sync_segments(self, written: Sequence[Segment]) -> None:
+        for segment in {segment.number: segment for segment in written}.values():
             try:
-                self._folder.sync(segment)
+                self._folder.promise(segment)
             except OSError as error:
                 # The kernel may have thrown pages away and called them clean: no second try.
                 self._failed(error)
@@ -693,7 +695,7 @@ class DiskTier:
             if found is not None:
                 moved.append((place, found))
         if self._durable:
-            self._sync_segments([found for _, found in moved])
+            self._sync_segments([place.segment for _, (place, _) in moved])
         with self._lock:
             segment.readers -= len(wanted)
             for old, (place, header) in moved:

@@ -64,6 +64,7 @@ class Segment:
         "touched",
         "table",
         "amiss",
+        "promised",
     )
 
     def __init__(self, number: int, path: Path, generation: int, geometry: Geometry) -> None:
@@ -74,6 +75,7 @@ class Segment:
         self.used = 0
         self.writing = 0
         self.readers = 0
+        self.promised = False
         self.gone = False
         self.amiss = False
         self.ids: Int32s = np.full(geometry.slots, NOBODY, dtype=np.int32)
@@ -179,6 +181,7 @@ class Segments:
                 self._write_header(handle, made)
             if durable:
                 self._files.sync_folder(self._home)
+                made.promised = True
         except OSError:
             self._handles.forget(path)
             self._files.remove(path)
@@ -190,6 +193,7 @@ class Segments:
         made = Segment(old.number, old.path, generation, old.geometry)
         with self._handles.of(made.path) as handle:
             self._write_header(handle, made)
+        made.promised = old.promised
         return made
 
     def _write_header(self, handle: int, segment: Segment) -> None:
@@ -270,6 +274,13 @@ class Segments:
         """Return once all that was written to a segment survives a loss of power."""
         with self._handles.of(segment.path) as handle:
             self._files.sync(handle)
+
+    def promise(self, segment: Segment) -> None:
+        """Sync a segment, and its name where that is not known to have been."""
+        self.sync(segment)
+        if not segment.promised:
+            self._files.sync_folder(self._home)
+            segment.promised = True
 
     def seal(self, segment: Segment) -> None:
         """Sync a segment, then write its footer. It may be written to afterwards, and sealed again.
