@@ -93,7 +93,7 @@ class Engine:
         self._writers = [
             Writer(self._store, tier, number) for number, tier in enumerate(self._tiers)
         ]
-        self._fetches = Fetches(arena.nbytes // FETCH_SHARE, time.monotonic)
+        self._fetches = Fetches(arena.nbytes // FETCH_SHARE, time.monotonic, self._failed)
         self._finder = Finder(self._tiers, time.monotonic, config.find_s)
         self._costs = Costs()
         self._recorder: Recorder | None = None
@@ -497,9 +497,9 @@ class Engine:
         self._store.wait_clean(CLOSE_S)
         for writer in self._writers:
             writer.stop()
-        self._fetches.close()
         for tier in self._tiers:
             tier.close()
+        self._fetches.close()  # after reads have ended, or a tier that hangs has been left
         if self._pin is not None:
             self._pin.close(CLOSE_S)
 

@@ -10,6 +10,7 @@ import heapq
 import threading
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -38,8 +39,14 @@ class Fetches:
     made without a lock, in the thread that has made way for them.
     """
 
-    def __init__(self, share_bytes: int, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        share_bytes: int,
+        clock: Callable[[], float],
+        on_error: Callable[[Exception], None] = lambda error: None,
+    ) -> None:
         self.share_bytes = share_bytes
+        self._on_error = on_error
         self._clock = clock
         self._lock = threading.Lock()
         self._lent = 0
@@ -55,13 +62,15 @@ class Fetches:
     # Turns
 
     def begin(self, nbytes: int, deadline: float, start: Start) -> None:
-        """Call `start` when so many bytes may be lent, at once if that is now."""
+        """Call `start` when so many bytes may be lent, at once if that is now, or if closed."""
         with self._lock:
-            if self._turns or self._lent and self._lent + nbytes > self.share_bytes:
-                self._turns.append(Turn(nbytes, deadline, start))
-                return
-            self._lent += nbytes
-        start(True)
+            closed = self._closed
+            if not closed:
+                if self._turns or self._lent and self._lent + nbytes > self.share_bytes:
+                    self._turns.append(Turn(nbytes, deadline, start))
+                    return
+                self._lent += nbytes
+        start(not closed)
 
     def end(self, nbytes: int) -> None:
         """Give bytes back, and let those in whose turn it is now."""
@@ -170,21 +179,35 @@ class Fetches:
 
     def _run(self) -> None:
         while not self._closed:
-            self.ring()
+            self._tell(self.ring)
             with self._ringing:
                 if not self._closed:  # an alarm may have come since
                     when = self._alarms[0].when if self._alarms else None
                     self._ringing.wait(None if when is None else max(0.0, when - self._clock()))
 
     def close(self) -> None:
-        """End the thread; no alarm rings any more."""
+        """End the thread. Whoever still waits for a turn or a deadline is told that it is over."""
         with self._ringing:
             self._closed = True
-            self._alarms.clear()
             self._ringing.notify_all()
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
+        with self._lock:
+            late = [alarm.ring for alarm in sorted(self._alarms)]
+            turns = [turn.start for turn in self._turns]
+            self._alarms, self._turns = [], deque()
+        for ring in late:
+            if ring is not None:
+                self._tell(ring)
+        for start in turns:
+            self._tell(partial(start, False))
+
+    def _tell(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:  # the thread's loop goes on: others are to be told as well
+            self._on_error(error)
 
     def detach(self) -> None:
         """After a fork, in the child: nothing is under way here."""

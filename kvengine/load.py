@@ -22,7 +22,7 @@ from kvengine.keys import BlockKeys
 from kvengine.lease import Bools
 from kvengine.policy import NO_PARENT
 from kvengine.store import EMPTY, Form, Store
-from kvengine.tiers import Span, Tier
+from kvengine.tiers import Report, Span, Tier
 from kvengine.transfer import Job, Transfer, Transfers
 
 FETCH_BYTES = 16 << 20
@@ -58,6 +58,7 @@ class Part:
     arrived: Bools = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
     early: Bools = field(default_factory=lambda: np.zeros(0, dtype=np.bool_))
     alarm: Alarm | None = None
+    expired: bool = False  # its deadline has come while it was not read
     joined: bool = False
     reading: bool = False
     late: bool = False
@@ -154,7 +155,7 @@ class Load:
             if part.over:
                 return
             part.over = True
-            if part.reading:  # something has failed here, and the tier still writes to the slots
+            if part.reading or part.running:  # something has failed, and slots are still in use
                 part.late, part.early = True, np.zeros_like(part.arrived)
         try:
             self._good[part.rows] = good
@@ -281,14 +282,24 @@ class Load:
                 self._arrived(part, np.zeros(len(part.arrived), dtype=np.bool_))
 
         chosen = [spans[index] for index in which.tolist()]
-        part.reading = True
-        self._tiers[tier].read(chosen, self._deadline, report)
+        self._begin(part, tier, chosen, report)
+
+    def _begin(self, part: Part, tier: int, spans: Sequence[Span], report: Report) -> None:
+        with self._lock:
+            part.reading = True
+            expired = part.expired
+        self._tiers[tier].read(spans, self._deadline, report)
+        if expired:  # the alarm has rung between two reads, and rings only once
+            self._too_late(part)
 
     def _too_late(self, part: Part) -> None:
         """The deadline has come: what is there is loaded, what is not stays the tier's to write."""
         with self._lock:
             if part.over or not (part.reading or part.joined):
-                return  # it is being scattered, or its turn has not come, which is told elsewhere
+                # It is being scattered, or its turn has not come, which is told elsewhere; or its
+                # next read has not begun.
+                part.expired = True
+                return
             joined = part.joined
             if part.reading:
                 part.over = part.late = True
@@ -344,14 +355,17 @@ class Load:
                     self._step(part, over)
 
         def over() -> None:
-            if at + 1 < len(part.pieces) and not part.over and part.arrived.any():
-                self._read_piece(part, at + 1, spans)
-            self._scatter_piece(part, at)
+            try:
+                if at + 1 < len(part.pieces) and not part.over and part.arrived.any():
+                    self._read_piece(part, at + 1, spans)
+                self._scatter_piece(part, at)
+            except BaseException:
+                with self._lock:
+                    part.running -= 1
+                raise
 
         chosen = [replace(spans[index], start=start, stop=stop) for index in which.tolist()]
-        with self._lock:
-            part.reading = True
-        self._tiers[0].read(chosen, self._deadline, report)
+        self._begin(part, 0, chosen, report)
 
     def _scatter_piece(self, part: Part, at: int) -> None:
         layers = part.pieces[at].layers

@@ -73,9 +73,18 @@ class Window:
         self._parents = parents
         self._deadline = deadline
         self._lock = threading.Lock()
+        self._gone = False
 
     def turn(self, nbytes: int, in_time: bool) -> None:
         """Read, if it is not too late; then all goes back."""
+        lent = nbytes if in_time else 0
+        try:
+            self._begin(lent, in_time)
+        except BaseException:
+            self._let_go(lent)  # slots stay lent: a broken tier may still write to them
+            raise
+
+    def _begin(self, lent: int, in_time: bool) -> None:
         slots, spans = self._store.take_slots(self._ids) if in_time else (self._ids[:0], [])
         arrived = np.zeros(len(slots), dtype=np.bool_)
         left = [len(slots)]
@@ -86,12 +95,12 @@ class Window:
                 left[0] -= 1
                 last = left[0] == 0
             if last:
-                self._over(slots, arrived, nbytes)
+                self._over(slots, arrived, lent)
 
         if len(slots):
             self._tier.read(spans, self._deadline, report)
         else:
-            self._over(slots, arrived, nbytes if in_time else 0)
+            self._over(slots, arrived, lent)
 
     def _over(self, slots: Slots, arrived: NDArray[np.bool_], lent: int) -> None:
         try:
@@ -100,7 +109,14 @@ class Window:
                 parents = self._parents[: len(slots)]
                 self._store.fetched(ids, slots, arrived, parents, self._number)
         finally:
-            self._fetches.free(self._ids)
-            if lent:
-                self._fetches.end(lent)
-            self._store.unpin(self._ids)
+            self._let_go(lent)
+
+    def _let_go(self, lent: int) -> None:
+        with self._lock:
+            if self._gone:
+                return
+            self._gone = True
+        self._fetches.free(self._ids)
+        if lent:
+            self._fetches.end(lent)
+        self._store.unpin(self._ids)

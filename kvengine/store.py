@@ -175,7 +175,7 @@ class Store:
     def dropped(self, tier: int, keys: Sequence[bytes]) -> None:
         """Note that a tier has given keys up by itself."""
         with self._lock:
-            ids = self._index.find(_words(keys))
+            ids = np.unique(self._index.find(_words(keys)))
             ids = ids[ids >= 0]
             self._index.remove_tier(ids, tier)
             rows = self._index.rows[ids]

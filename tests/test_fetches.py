@@ -146,6 +146,31 @@ def test_an_alarm_set_while_late_turns_are_told():
     fetches.close()
 
 
+def test_who_waits_is_told_at_the_end(fetches, now):
+    said: list = []
+    begin(fetches, said, "first", 100)
+    begin(fetches, said, "second", 100)
+    fetches.alarm(10.0, lambda: said.append("alarm"))
+    fetches.close()
+    begin(fetches, said, "third", 100)
+    assert said == [("first", True), "alarm", ("second", False), ("third", False)]
+
+
+def test_an_alarm_that_fails_silences_no_other():
+    failed: list = []
+    rang = threading.Event()
+    fetches = Fetches(100, lambda: 5.0, failed.append)
+
+    def fails() -> None:
+        raise RuntimeError("planted")
+
+    fetches.alarm(1.0, fails)
+    fetches.alarm(2.0, rang.set)
+    assert rang.wait(rig.WAIT_S)
+    fetches.close()
+    assert [str(error) for error in failed] == ["planted"]
+
+
 # Loads
 
 
@@ -362,6 +387,49 @@ def test_no_layer_comes(engine, tier, layered):
     transfer, target = begin_load(engine)
     tier.let_go(good=False)
     assert transfer.wait(rig.WAIT_S) and not transfer.good.any() and is_right(target, [])
+    engine.check()
+
+
+@pytest.mark.parametrize("pieces_bytes", [8 << 10, 1 << 30])
+def test_a_deadline_just_before_a_read_begins(engine, tier, monkeypatch, pieces_bytes):
+    """The alarm rings once, while the window is not read: the read that hangs then holds no one."""
+    monkeypatch.setattr("kvengine.load.PIECE_BYTES", pieces_bytes)
+    begins = Load._begin
+
+    def late(load, part, *given) -> None:
+        part.alarm.cancel()
+        load._too_late(part)
+        begins(load, part, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Load, "_begin", late)
+        transfer, target = begin_load(engine)
+        assert transfer.wait(5.0) and not transfer.good.any()
+    tier.let_go()
+    tier.waiting = False
+    assert rig.check_right(engine, keys_of(engine), SOURCE).all()
+    engine.check()
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_piece_that_cannot_be_scattered(engine, tier, layered, monkeypatch, turn):
+    """Its window is over, but keeps its slots while others of its pieces are still moved."""
+    calls, scatter = [0], Load._scatter_piece
+
+    def fails(load, part, at) -> None:
+        calls[0] += 1
+        if calls[0] == turn + 1:
+            raise MemoryError("no room for it")
+        scatter(load, part, at)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Load, "_scatter_piece", fails)
+        transfer, target = begin_load(engine)
+        tier.waiting = False
+        tier.let_go()
+        assert transfer.wait(5.0)
+    assert transfer.error == "MemoryError: no room for it" and not transfer.good.all()
+    assert rig.check_right(engine, keys_of(engine), SOURCE).all()
     engine.check()
 
 

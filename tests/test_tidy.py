@@ -88,6 +88,7 @@ ENVIRONMENT = ("config",)
 # `except Exception`: thread loops, and an adapter's outer border where it counts a metric.
 CATCH_ALL = (
     ("workers", "Workers._run"),
+    ("fetches", "Fetches._tell"),
     ("transfer", "Transfers._run.run"),
     ("transfer", "Transfers.guarded"),
     ("adapters.*", "*guarded"),
