@@ -1,4 +1,4 @@
-"""The default: evict what is worth the least, as learned from this traffic; never far from LRU.
+"""Evict what is worth the least, as learned from this traffic; never far from LRU.
 
 Blocks wait in one queue for each class (`books`), by last use, leaves first. The victim is the
 oldest of the class whose index (`hazards`) at that age is the lowest: a tournament over the heads
