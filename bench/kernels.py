@@ -25,12 +25,15 @@ import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table as Shown
 
-from bench.runner import Row, Spread, interleave, share, spread
+from bench import runner
+from bench.runner import Row, interleave, share, spread
 from bench.runner import show as show_rows
 from kvengine.kernels import build, copy, digest, launch, lossless, quant
 from kvengine.kernels.copy import Int64s, Moves, Span
 from kvengine.kernels.relayout import Form, relayout, relayout_reference
 from kvengine.kernels.rows import Rows
+
+row = partial(runner.row, "kernels")
 
 MIB, KIB = 1 << 20, 1 << 10
 PARTS = ("cpu", "compile", "gpu")
@@ -1021,24 +1024,6 @@ def compiled() -> list[Row]:
 
 def only(case: str, metric: str, unit: str, value: float) -> Row:
     return Row(bench="kernels", case=case, metric=metric, unit=unit, value=float(value))
-
-
-def row(
-    case: str, metric: str, unit: str, found: Spread, bound: float, matches: bool | None
-) -> Row:
-    return Row(
-        bench="kernels",
-        case=case,
-        metric=metric,
-        unit=unit,
-        value=found.p50,
-        bound=bound,
-        ratio=found.p50 / bound,
-        p20=found.p20,
-        p80=found.p80,
-        n=found.n,
-        matches_reference=matches,
-    )
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

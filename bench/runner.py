@@ -162,6 +162,31 @@ def times(bound_times: Sequence[float], our_times: Sequence[float]) -> Spread:
     return share(our_times, bound_times)
 
 
+def row(
+    bench: str,
+    case: str,
+    metric: str,
+    unit: str,
+    found: Spread,
+    bound: float | None = None,
+    matches: bool | None = None,
+) -> Row:
+    """Give a row of ours: the median and its spread, and what share of the bound that is."""
+    return Row(
+        bench=bench,
+        case=case,
+        metric=metric,
+        unit=unit,
+        value=found.p50,
+        bound=bound,
+        ratio=None if bound is None else found.p50 / bound,
+        p20=found.p20,
+        p80=found.p80,
+        n=found.n,
+        matches_reference=matches,
+    )
+
+
 def write_json(rows: Sequence[Row], path: Path) -> None:
     """Write the rows as a JSON list of objects with the columns of the schema."""
     path.write_text(json.dumps([as_columns(row) for row in rows], indent=1) + "\n")

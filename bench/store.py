@@ -13,13 +13,14 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 import ml_dtypes
 import numpy as np
 from blake3 import blake3
 
 import kvengine
-from bench import tiers
+from bench import runner, tiers
 from bench.runner import Row, Spread, interleave, share, spread, times
 from kvengine.arena import Arena
 from kvengine.engine import Engine
@@ -27,6 +28,8 @@ from kvengine.keys import ROOT_KEY, Namespace
 from kvengine.metrics import Metrics
 from kvengine.policy.lru import LRU
 from kvengine.store import Store
+
+row = partial(runner.row, "store")
 
 MIB = 1 << 20
 TABLE_BYTES = 32 * MIB
@@ -284,26 +287,3 @@ def bare_loop(names: Namespace, data: bytes, step: int) -> bytes:
 
 def micro(seconds: list[float]) -> Spread:
     return spread([each * 1e6 for each in seconds])
-
-
-def row(
-    case: str,
-    metric: str,
-    unit: str,
-    found: Spread,
-    bound: float | None = None,
-    matches: bool | None = None,
-) -> Row:
-    return Row(
-        bench="store",
-        case=case,
-        metric=metric,
-        unit=unit,
-        value=found.p50,
-        bound=bound,
-        ratio=None if bound is None else found.p50 / bound,
-        p20=found.p20,
-        p80=found.p80,
-        n=found.n,
-        matches_reference=matches,
-    )

@@ -11,11 +11,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import kvengine
+from bench import runner
 from bench.runner import ROUNDS_MIN, Row, Spread, interleave, share, spread
 from kvengine import frame
 from kvengine.arena import Arena
@@ -28,6 +30,8 @@ from kvengine.tiers.disk import DiskTier
 from kvengine.tiers.files import OSFiles
 from kvengine.tiers.format import Geometry
 from kvengine.tiers.segments import Segments
+
+row = partial(runner.row, "store")
 
 MIB = 1 << 20
 PAGE = 4096
@@ -398,26 +402,3 @@ def first_layer(folder: Path, rounds: int) -> list[Row]:
         row(case, "ms", "ms", spread([seconds * 1e3 for seconds in took]), matches=good),
         row(case, "first_layer_at", "ratio", shares, 1.0, good),
     ]
-
-
-def row(
-    case: str,
-    metric: str,
-    unit: str,
-    found: Spread,
-    bound: float | None = None,
-    matches: bool | None = None,
-) -> Row:
-    return Row(
-        bench="store",
-        case=case,
-        metric=metric,
-        unit=unit,
-        value=found.p50,
-        bound=bound,
-        ratio=None if bound is None else found.p50 / bound,
-        p20=found.p20,
-        p80=found.p80,
-        n=found.n,
-        matches_reference=matches,
-    )

@@ -16,17 +16,21 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import valkey
 
-from bench.runner import Row, Spread, interleave, share
+from bench import runner
+from bench.runner import Row, interleave, share, spread
 from bench.tiers.disk import Frames
 from kvengine.config import Valkey
 from kvengine.metrics import Metrics
 from kvengine.tiers import Span
 from kvengine.tiers.remote import RemoteTier
 from kvengine.tiers.valkey import ValkeyClient
+
+row = partial(runner.row, "store")
 
 TABLE = 16
 SERVERS = ("valkey-server", "redis-server")
@@ -121,36 +125,13 @@ def move(verb, spans: Sequence[Span]) -> None:
 def rows(case: str, took: dict[str, list[float]], nbytes: int, same: bool) -> list[Row]:
     """Give the share of the bare client's speed, and the speed."""
     found = share(took["bare"], took["ours"])
-    speed = sorted(nbytes / seconds / 1e9 for seconds in took["ours"])
-    bare = sorted(nbytes / seconds / 1e9 for seconds in took["bare"])
-    middle = len(speed) // 2
+    speed, bare = (
+        spread([nbytes / seconds / 1e9 for seconds in took[name]]) for name in ("ours", "bare")
+    )
     return [
         row(case, "share_of_bare_client", "ratio", found, 1.0, same),
-        row(
-            case,
-            "GB_per_s",
-            "GB/s",
-            Spread(speed[len(speed) // 5], speed[middle], speed[-1 - len(speed) // 5], len(speed)),
-            bare[middle],
-            same,
-        ),
+        row(case, "GB_per_s", "GB/s", speed, bare.p50, same),
     ]
-
-
-def row(case: str, metric: str, unit: str, found: Spread, bound: float, same: bool) -> Row:
-    return Row(
-        bench="store",
-        case=case,
-        metric=metric,
-        unit=unit,
-        value=found.p50,
-        bound=bound,
-        ratio=found.p50 / bound,
-        p20=found.p20,
-        p80=found.p80,
-        n=found.n,
-        matches_reference=same,
-    )
 
 
 @contextmanager
