@@ -181,7 +181,32 @@ class Raw:
         copy.scatter(table, blocks, segments, digests, verdicts)
 
 
-class Lossless:
+class Coded:
+    """Frames whose components are coded apart: how such a payload is laid out.
+
+    parts: bytes of each encoded component of a layer.
+    """
+
+    def __init__(self, parts: list[int], layers: int) -> None:
+        self.segment_bytes = np.full(layers, sum(parts), dtype=np.uint64)
+        starts = np.cumsum([0, *parts * layers]).astype(np.int64)
+        first = np.arange(layers, dtype=np.int64) * len(parts)
+        counts = np.full_like(first, len(parts))
+        columns = (first, counts, starts[first], np.full_like(first, sum(parts)))
+        self._places, self._segments = starts[:-1], np.stack(columns, axis=1)
+
+    def table(
+        self,
+        cache: PagedCache,
+        frames: Int64s,
+        block_table: Int64s | None,
+        slot_mapping: Int64s | None,
+    ) -> Rows:
+        """Describe rows, one for each head of each token."""
+        return cache.rows(frames, block_table, slot_mapping, self._places, self._segments)
+
+
+class Lossless(Coded):
     """Exponents coded in 3 bits, equal content in three quarters: see kvengine.kernels.lossless."""
 
     encoding = frame.ENCODING_LOSSLESS
@@ -193,8 +218,7 @@ class Lossless:
             lossless.encoded_nbytes(layout.block_tokens, layout.kv_heads * dim)
             for dim in layout.head_dims
         ]
-        self.segment_bytes = np.full(layout.layers, sum(parts), dtype=np.uint64)
-        self._places, self._segments = _segments(parts, layout.layers)
+        super().__init__(parts, layout.layers)
 
     @staticmethod
     def pays(layout: Layout) -> bool:
@@ -203,16 +227,6 @@ class Lossless:
             dim % lossless.GROUP == 0 and lossless.pays(layout.block_tokens, layout.kv_heads * dim)
             for dim in layout.head_dims
         )
-
-    def table(
-        self,
-        cache: PagedCache,
-        frames: Int64s,
-        block_table: Int64s | None,
-        slot_mapping: Int64s | None,
-    ) -> Rows:
-        """Describe rows, one for each head of each token."""
-        return cache.rows(frames, block_table, slot_mapping, self._places, self._segments)
 
     def encode(
         self,
@@ -249,7 +263,7 @@ QUANTISED = {
 FOUR_BITS = ("int4", "rot4")
 
 
-class Quantised:
+class Quantised(Coded):
     """Codes of 8 or 4 bits and their scales: see kvengine.kernels.quant."""
 
     def __init__(self, layout: Layout, scheme: str) -> None:
@@ -269,18 +283,7 @@ class Quantised:
             sum(quant.planes(scheme, layout.kv_heads, layout.block_tokens, dim, part == 0))
             for part, dim in enumerate(layout.head_dims)
         ]
-        self.segment_bytes = np.full(layout.layers, sum(parts), dtype=np.uint64)
-        self._places, self._segments = _segments(parts, layout.layers)
-
-    def table(
-        self,
-        cache: PagedCache,
-        frames: Int64s,
-        block_table: Int64s | None,
-        slot_mapping: Int64s | None,
-    ) -> Rows:
-        """Describe rows, one for each head of each token."""
-        return cache.rows(frames, block_table, slot_mapping, self._places, self._segments)
+        super().__init__(parts, layout.layers)
 
     def encode(
         self,
@@ -306,15 +309,3 @@ class Quantised:
         """Verify what the frames hold, then give values back."""
         assert isinstance(table, Rows)
         quant.decode(self._scheme, table, blocks, segments, digests, verdicts)
-
-
-def _segments(parts: list[int], layers: int) -> tuple[Int64s, Int64s]:
-    """Lay out a payload whose layers are encoded components of these sizes.
-
-    Returns where each component begins, and the table of segments that Rows takes.
-    """
-    starts = np.cumsum([0, *parts * layers]).astype(np.int64)
-    first = np.arange(layers, dtype=np.int64) * len(parts)
-    counts = np.full_like(first, len(parts))
-    columns = (first, counts, starts[first], np.full_like(first, sum(parts)))
-    return starts[:-1], np.stack(columns, axis=1)
