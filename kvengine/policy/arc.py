@@ -16,7 +16,6 @@ from kvengine.compiled import Int32s, Int64s, column, column64, compiled
 from kvengine.policy import Entries, Run
 from kvengine.policy.ghosts import Ghosts, find, forget, remember
 from kvengine.policy.queues import (
-    WALK_MAX,
     Queues,
     enter,
     leave,
@@ -177,21 +176,15 @@ class ARC:
     def victims(self, nbytes: int, now: float, incoming: Run | None = None) -> Iterator[Entries]:
         """Yield candidates, leaves before their parents."""
         pages = pages_of(nbytes)
-        room = min(max(1, pages), WALK_MAX)
-        out = np.empty(room + 1, dtype=np.int32)
         queues, books = self._queues, self._books
         if pages > 0:
             books[CAPACITY] = max(books[ONCE] + books[OFTEN], books[CAPACITY] * 63 // 64)
-        while pages > 0:
+
+        def step(pages: int, out: Int32s, room: int) -> int:
             nodes, used = column(queues.nodes), column(queues.used)
-            found = _victims(nodes, used, pages, column(out), room, column64(books))
-            if found == 0:
-                return
-            entries = out[:found].copy()
-            pages = int(out[room])
-            yield entries
-            if queues.present(int(entries[0])):
-                return  # the caller took none: the same would come again
+            return _victims(nodes, used, pages, column(out), room, column64(books))
+
+        yield from queues.walk(pages, step)
 
     def expired(self, now: float) -> Iterator[Entries]:
         """Yield nothing: no block has a time."""

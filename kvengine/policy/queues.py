@@ -8,6 +8,8 @@ be first in, first out as well.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import numpy as np
 
 from kvengine.compiled import Int32s, Int64s, column, compiled
@@ -226,6 +228,24 @@ class Queues:
     def present(self, entry: int) -> bool:
         """Say whether a block is here."""
         return bool(self.nodes[WIDTH * (entry + self.shift) + STATUS] != ABSENT)
+
+    def walk(self, pages: int, step: Callable[[int, Int32s, int], int]) -> Iterator[Entries]:
+        """Yield victims, until there are enough pages of them or the caller takes none.
+
+        `step(pages, out, room)` finds some, writes them to the start of `out` and what is still
+        missing to out[room], and returns how many there are.
+        """
+        room = min(max(1, pages), WALK_MAX)
+        out = np.empty(room + 1, dtype=np.int32)
+        while pages > 0:
+            found = step(pages, out, room)
+            if found == 0:
+                return
+            entries = out[:found].copy()
+            pages = int(out[room])
+            yield entries
+            if self.present(int(entries[0])):
+                return  # the caller took none: the same would come again
 
     def hold(self, entries: Entries) -> None:
         """Leave blocks out of the candidates."""

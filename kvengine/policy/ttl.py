@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from kvengine.compiled import Int32s, column, compiled
 from kvengine.policy import Entries, Run, UnknownPolicy
 from kvengine.policy.queues import (
-    WALK_MAX,
     Queues,
     enter,
     leave,
@@ -128,19 +125,13 @@ class TTL:
         return self._oldest((1 << 31) - 1, self._at(now) - self._ttl_ticks + 1)
 
     def _oldest(self, pages: int, before: int) -> Iterator[Entries]:
-        room = min(max(1, pages), WALK_MAX)
-        out = np.empty(room + 1, dtype=np.int32)
         queues = self._queues
-        while pages > 0:
+
+        def step(pages: int, out: Int32s, room: int) -> int:
             nodes, used = column(queues.nodes), column(queues.used)
-            found = _victims(nodes, used, pages, before, column(out), room)
-            if found == 0:
-                return
-            entries = out[:found].copy()
-            pages = int(out[room])
-            yield entries
-            if queues.present(int(entries[0])):
-                return  # the caller took none: the same would come again
+            return _victims(nodes, used, pages, before, column(out), room)
+
+        return queues.walk(pages, step)
 
     def _at(self, now: float) -> int:
         if self._origin is None:

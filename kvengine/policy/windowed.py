@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 from kvengine.compiled import Int32s, Int64s, column, column64, compiled
 from kvengine.policy import Entries, Run, UnknownPolicy
 from kvengine.policy.queues import (
-    WALK_MAX,
     Queues,
     enter,
     leave,
@@ -206,26 +205,20 @@ class WindowedLRU:
     def victims(self, nbytes: int, now: float, incoming: Run | None = None) -> Iterator[Entries]:
         """Yield candidates, leaves before their parents."""
         pages = pages_of(nbytes)
-        room = min(max(1, pages), WALK_MAX)
-        out = np.empty(room + 1, dtype=np.int32)
         queues, books = self._queues, self._books
         if pages > 0:
             books[CAPACITY] = max(int(books[:CAPACITY].sum()), books[CAPACITY] * 63 // 64)
             books[WINDOW_BLOCKS] = max(1, int(books[CAPACITY] * self._window))
             self._fit_sketch(int(books[CAPACITY]))
-        while pages > 0:
+
+        def step(pages: int, out: Int32s, room: int) -> int:
             half = len(self._sketch) // 2
-            found = _victims(
+            return _victims(
                 column(queues.nodes), column(queues.used), column64(queues.prints),
                 column(self._sketch), half - 1, pages, column(out), room, column64(books),
             )  # fmt: skip
-            if found == 0:
-                return
-            entries = out[:found].copy()
-            pages = int(out[room])
-            yield entries
-            if queues.present(int(entries[0])):
-                return  # the caller took none: the same would come again
+
+        yield from queues.walk(pages, step)
 
     def expired(self, now: float) -> Iterator[Entries]:
         """Yield nothing: no block has a time."""
