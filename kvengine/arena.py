@@ -124,13 +124,18 @@ class Arena:
             if known.count * known.pages < known.smallest:
                 continue
             free = np.sort(known.free[: known.count])
-            for start, size in list(known.extents.items()):
-                inside = (free >= start) & (free < start + size)
-                if int(inside.sum()) == size // known.pages:
-                    del known.extents[start]
-                    free = free[~inside]
-                    self._holes.append((start, size))
-                    found = True
+            starts = np.array(list(known.extents), dtype=np.int64)
+            pages = np.array(list(known.extents.values()), dtype=np.int64)
+            first, last = np.searchsorted(free, starts), np.searchsorted(free, starts + pages)
+            whole = last - first == pages // known.pages
+            if not whole.any():
+                continue
+            found = True
+            keep = np.ones(len(free), dtype=np.bool_)
+            for start, begin, end in zip(starts[whole], first[whole], last[whole], strict=True):
+                self._holes.append((int(start), known.extents.pop(int(start))))
+                keep[begin:end] = False
+            free = free[keep]
             known.free, known.count = free, len(free)
         self._holes = _merge(self._holes)
         return found

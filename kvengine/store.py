@@ -47,6 +47,7 @@ from kvengine.tiers import Held, Span, Tier
 EMPTY = np.empty(0, dtype=np.int32)
 UNKNOWN = -1
 ROOM_TABLES = 8
+STATS_ROWS = 1 << 15
 LOOPS_MAX = 128  # more than index and policy have
 
 
@@ -507,21 +508,34 @@ class Store:
     # Looking on
 
     def stats(self) -> dict[str, int]:
-        """Return counts of blocks and bytes, as they stand."""
-        with self._lock:
-            live = self._index.live()
-            rows = self._index.rows[live]
+        """Return counts of blocks and bytes. Blocks are counted a stretch of rows at a time, so
+        that nobody waits for all of them: those that move meanwhile may be missed.
+        """
+        blocks = in_memory = in_tiers = 0
+        by_tier = [0] * len(self._tiers)
+        start = 0
+        while True:
+            with self._lock:
+                rows = self._index.rows[start : start + STATS_ROWS].copy()
+            if not len(rows):
+                break
+            start += STATS_ROWS
             committed = (rows[:, STATE] & STATE_MASK) == COMMITTED
+            tiers = np.where(committed, rows[:, STATE] >> TIER_SHIFT, 0)
+            blocks += int(committed.sum())
+            in_memory += int((committed & (rows[:, SLOT] != NO_SLOT)).sum())
+            in_tiers += int((tiers != 0).sum())
+            for number in range(len(by_tier)):
+                by_tier[number] += int((tiers >> number & 1).sum())
+        with self._lock:
             return {
-                "blocks": int(committed.sum()),
-                "memory_blocks": int((committed & (rows[:, SLOT] != NO_SLOT)).sum()),
+                "blocks": blocks,
+                "memory_blocks": in_memory,
                 "memory_bytes": self.arena.taken_pages * PAGE_BYTES,
-                "tier_blocks": int((committed & (rows[:, STATE] >> TIER_SHIFT != 0)).sum()),
+                "tier_blocks": in_tiers,
                 **{
-                    f"{tier.name}_blocks": int(
-                        (committed & (rows[:, STATE] >> TIER_SHIFT & 1 << number != 0)).sum()
-                    )
-                    for number, tier in enumerate(self._tiers)
+                    f"{tier.name}_blocks": count
+                    for tier, count in zip(self._tiers, by_tier, strict=True)
                 },
                 "leases": len(self._leases),
                 "reservations": len(self._reservations),
