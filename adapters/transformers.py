@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from transformers.cache_utils import DynamicCache
 
+from kvengine.adapters.guard import Guard
 from kvengine.adapters.transformers_identity import (
     check_layers,
     check_model,
@@ -28,11 +29,10 @@ from kvengine.adapters.transformers_identity import (
     probe,
 )
 from kvengine.engine import Engine
-from kvengine.errors import ClosedError, ModelNotSupported
+from kvengine.errors import ModelNotSupported
 from kvengine.keys import BlockKeys, Namespace
 
 LOAD_S, SAVE_S = 10.0, 30.0
-FAILURES_MAX, PAUSE_S = 3, 30.0
 MARK = "kvengine_mark"  # on a cache that was begun here: of which weights it is
 # Options of generate under which the cache is not one prompt's own, by the value that is fine.
 SETTINGS = {
@@ -73,10 +73,10 @@ class PrefixCache:
         self.engine = engine
         self.model = model
         self.layout = probe(model, block_tokens)
-        self._revision, self._salt, self._clock = revision, salt, clock
+        self._salt = salt
+        self._guard = Guard(engine, "transformers", clock)
         self._mark = mark(model)
         self._facts = describe(model, self.layout, revision)
-        self._failures, self._away_until = 0, 0.0
         self._namespace()
 
     def generate(
@@ -209,21 +209,7 @@ class PrefixCache:
         return bool(getattr(past, MARK, now) != now)
 
     def _guarded(self, verb: Callable[[], R], otherwise: Callable[[], R]) -> R:
-        """Do `verb`; a fault is counted and becomes a miss, several in a row a pause."""
-        if self.model.training or self._clock() < self._away_until:
-            return otherwise()
-        try:
-            done = verb()
-        except ClosedError:
-            return otherwise()  # closed, or a forked child: nothing of the engine may be touched
-        except Exception:
-            self.engine.metrics.add("adapter_errors", 1, adapter="transformers")
-            self._failures += 1
-            if self._failures >= FAILURES_MAX:
-                self._failures, self._away_until = 0, self._clock() + PAUSE_S
-            return otherwise()
-        self._failures = 0
-        return done
+        return otherwise() if self.model.training else self._guard.guarded(verb, otherwise)
 
     def _check(self, input_ids: torch.Tensor, options: dict[str, Any]) -> None:
         """Raise ModelNotSupported for a call whose cache would not be that of these tokens."""

@@ -14,6 +14,7 @@ from kvengine.errors import LayoutError, ModelNotSupported
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+from kvengine.adapters import guard  # noqa: E402
 from kvengine.adapters import transformers as adapter  # noqa: E402
 from kvengine.adapters import transformers_identity as identity  # noqa: E402
 
@@ -214,7 +215,7 @@ def test_faults_are_counted_and_pause_it(engine, model, monkeypatch):
     assert engine.metrics.get("adapter_errors", adapter="transformers") == 3
     monkeypatch.undo()
     assert cache.load(ids).get_seq_length() == 0
-    now[0] = adapter.PAUSE_S
+    now[0] = guard.PAUSE_S
     assert cache.load(ids).get_seq_length() == 32
 
 
