@@ -51,7 +51,7 @@ def test_ci_takes_both_commands_from_the_readme():
 
 @pytest.fixture
 def tree(tmp_path):
-    """A checkout with the real .ci/run, and a venv, a vLLM, a SGLang and a Debian that take no time."""
+    """A checkout with the real .ci/run, and environments and a Debian that take no time."""
     root = tmp_path / "tree"
     (root / ".ci").mkdir(parents=True)
     for name in ("run", "readme_commands.py"):
