@@ -149,6 +149,15 @@ class View:
             strides=self.strides[:axis] + self.strides[axis + 1 :],
         )
 
+    def narrow(self, axis: int, first: int, last: int) -> View:
+        """Take entries first..last of `axis`, the last excluded. Raises IndexError."""
+        size = self.shape[axis]
+        if not 0 <= first < last <= size:
+            raise IndexError(f"{first}..{last} on axis {axis} of {size}")
+        shape = list(self.shape)
+        shape[axis] = last - first
+        return replace(self, address=self.address + first * self.strides[axis], shape=tuple(shape))
+
     def aligned(self, alignment: int) -> bool:
         """Tell whether each entry of each axis but the last begins at a multiple of `alignment`."""
         steps = [
@@ -219,7 +228,7 @@ class View:
 def view(array: object, *, writable: bool = False, stream: int | None = None) -> View:
     """Look at the memory of `array` without a copy, and keep it alive as long as the view.
 
-    `array`: anything with __dlpack__ (torch, jax, numpy, cupy, ...); of numpy also what DLPack
+    `array`: a View, or what has __dlpack__ (torch, jax, numpy, cupy …); of numpy also what DLPack
     does not carry (bfloat16 and float8 of ml_dtypes, read-only arrays). `writable` asks for memory
     that may be written. `stream`: the handle, as DLPack defines it, of the device stream that will
     use the memory: the array's pending work is made to come before it (CUDA: 1 is the default
@@ -227,7 +236,12 @@ def view(array: object, *, writable: bool = False, stream: int | None = None) ->
     Raises LayoutError for what is not such an array: another dtype, device or layout, an array
     whose values are not those in memory, or with `writable` one that must not be written.
     """
-    found = _numpy_view(array) if isinstance(array, np.ndarray) else _dlpack_view(array, stream)
+    if isinstance(array, View):
+        found = array
+    elif isinstance(array, np.ndarray):
+        found = _numpy_view(array)
+    else:
+        found = _dlpack_view(array, stream)
     if found.address == 0 and found.nbytes:
         raise LayoutError(f"{_kind(array)} has no memory: pass an array that is materialised")
     if writable:

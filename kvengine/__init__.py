@@ -79,8 +79,9 @@ def open(  # noqa: A001  # read as kvengine.open
 
     url: "mem://?size=4G | file:///var/cache/kv?size=100G", fastest tier first. Options are settings
     by name (memory_bytes="4G", threads=2 …) and win over the URL, both over `KVENGINE_*` variables,
-    those over the file. Raises ConfigError, or DirectoryInUse where another process holds the
-    directory.
+    those over the file. An engine is one process's: several ranks of a model save parts of a block
+    each, and share the daemon of their host (`kvengine serve`). Raises ConfigError, or
+    DirectoryInUse where another process holds the directory.
     """
     from kvengine.config import Config
     from kvengine.engine import Engine

@@ -16,7 +16,7 @@ from kvengine.adapters.array import View, view
 from kvengine.errors import LayoutError
 from kvengine.kernels.copy import Moves
 from kvengine.kernels.rows import Rows
-from kvengine.layout import ITEM_BYTES, Layout
+from kvengine.layout import ITEM_BYTES, Layout, Part
 
 Int64s = NDArray[np.int64]
 MAPPING_MAX = 1 << 26
@@ -61,6 +61,27 @@ class PagedCache:
         self.segments = self._segment_table()
         self._by_block = self._table(by_token=False) if self.page_tokens else None
         self._by_token: Int64s | None = None
+        self._parts: dict[Part, PagedCache] = {}
+
+    def part(self, place: Part, layout: Layout) -> PagedCache:
+        """Return the arrays of some of its layers and heads. layout: that of the part."""
+        if layout == self.layout:
+            return self
+        found = self._parts.get(place)
+        if found is None:
+            found = self._parts[place] = PagedCache(layout, self._narrowed(place), self.writable)
+        return found
+
+    def _narrowed(self, place: Part) -> list[list[View]]:
+        count = len(self.layout.head_dims)
+        axis = -2 if self.layout.order == "NHD" else -3
+        return [
+            [
+                each if self.layout.is_opaque else each.narrow(axis, place.head, place.head_end)
+                for each in self._views[layer * count : (layer + 1) * count]
+            ]
+            for layer in range(place.layer, place.layer_end)
+        ]
 
     def moves(
         self,

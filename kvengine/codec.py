@@ -117,10 +117,12 @@ class Forms(Generic[One]):
 def forms_of(fidelity: str, layout: Layout, *, smaller: bool = True) -> Forms[Codec]:
     """Return the codecs of a fidelity: "exact", or the name of a lossy codec, parameters or none.
 
-    smaller: whether exact blocks are saved as `lossless` where that pays; if not they are saved as
-    they are, and those that another has saved so are read all the same. Raises LayoutError for an
-    unknown fidelity, and for a layout that it cannot take.
+    They are for one part of the layout's blocks: each is encoded by itself. smaller: whether exact
+    blocks are saved as `lossless` where that pays; if not they are saved as they are, and those
+    that another has saved so are read all the same. Raises LayoutError for an unknown fidelity, and
+    for a layout that it cannot take.
     """
+    layout = layout.part_layout
     if fidelity == EXACT:
         raw: Codec = Raw(layout)
         if not Lossless.pays(layout):

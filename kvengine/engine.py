@@ -54,6 +54,7 @@ from kvengine.writer import Writer
 
 CLOSE_S = 30.0
 RECORD_BYTES = 256 << 20
+FILL_MAX = 1024
 FETCH_SHARE = 4  # a quarter of memory is lent to reads from tiers at a time
 
 
@@ -179,7 +180,7 @@ class Engine:
 
         arrays: one item a layer, as kvengine.cache.PagedCache says. Raises LayoutError.
         """
-        return PagedCache(namespace.layout, arrays, writable)
+        return PagedCache(namespace.view.layout, arrays, writable)
 
     # What is held
 
@@ -255,6 +256,7 @@ class Engine:
         slot_mapping: object = None,
         *,
         retention: Retention | Sequence[Retention] = (),
+        fill: bytes | None = None,
     ) -> Transfer:
         """Begin to store blocks that the engine does not hold yet; return at once.
 
@@ -262,10 +264,22 @@ class Engine:
         int[len(keys) * block_tokens], where each token lies. The blocks must not change until the
         Transfer is done. What finds no room is refused and counted. `retention` says how to keep
         them, one for each range of tokens; blocks that were held before are only kept better by it,
-        or left alone where nobody had used retention when they came. Raises LayoutError for arrays
-        or tables that do not fit.
+        or left alone where nobody had used retention when they came.
+
+        Keys of `namespace.part` save a rank's parts of the blocks. `fill` names the fill: the same
+        bytes from all ranks of one model for one step of one request. A block is there when all of
+        them have saved their parts, and the last one's Transfer says so; if one does not within
+        `reservation_s`, or has no room for its part, it is given up and counted. Raises LayoutError
+        for arrays or tables that do not fit, or parts without a `fill`.
         """
-        layout = keys.namespace.layout
+        view = keys.namespace.view
+        layout = view.layout
+        whole = len(view.numbers) == keys.namespace.layout.part_count
+        if not whole and (not isinstance(fill, bytes) or not 1 <= len(fill) <= FILL_MAX):
+            raise LayoutError(
+                f"fill is {fill!r}, expected 1 to {FILL_MAX} bytes that all ranks of this step "
+                "share (the request's id, say): these keys are of a part of each block"
+            )
         cache = self._cache(layout, caches, writable=False)
         table, mapping, count = cache.checked(len(keys), block_table, slot_mapping, unique=False)
         if count != len(keys):
@@ -278,7 +292,8 @@ class Engine:
             self._spare(keys.namespace)
         parts = (self._store, self._transfers, self._finder, self.metrics, self._saved)
         asked = self._asked(keys.namespace, retention)
-        Save(*parts, transfer, keys, cache, table, mapping, asked).start()
+        group = None if whole else fill
+        Save(*parts, transfer, keys, cache, table, mapping, asked, group).start()
         return transfer
 
     def load(
@@ -295,17 +310,19 @@ class Engine:
         block_table: int[k], where blocks first..first+k of the lease go; or slot_mapping:
         int[k * block_tokens]. Only blocks that the Transfer calls good hold verified bytes; the
         others are to be recomputed. What a tier has not given after `timeout_s` (if None, the
-        setting fetch_s) is not good. Blocks of the lease that follow are read ahead. Raises
-        LayoutError for arrays or tables that do not fit.
+        setting fetch_s) is not good. Blocks of the lease that follow are read ahead. Keys of
+        `namespace.part` load some layers and heads, whoever has saved them. Raises LayoutError for
+        arrays or tables that do not fit.
         """
-        layout = lease.keys.namespace.layout
+        view = lease.keys.namespace.view
+        layout = view.layout
         cache = self._cache(layout, caches, writable=True)
         if not 0 <= first <= lease.blocks:
             raise LayoutError(f"first is {first}, the lease has {lease.blocks} blocks")
         table, mapping, count = cache.checked(
             lease.blocks - first, block_table, slot_mapping, unique=True
         )
-        transfer = Transfer(count, layout.layers)
+        transfer = Transfer(count, layout.layers, view.lanes)
         if not count or self._gone(lease.keys) or not self._transfers.begin(transfer):
             return self._refuse(transfer)
         ids, slots, numbers = self._store.pin(lease, first, count)

@@ -27,6 +27,9 @@ All little-endian; segment offsets count from the start of the payload, which fo
 A header verifies by its own digest; each segment of the payload by the one in the table. All that
 differs between two frames of a namespace stands in few, contiguous places, so that headers are put
 together from pieces.
+
+A block is one frame, or one for each of its parts, each at the start of a page, with zeros between
+them and nothing after the last.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ ENCODINGS = range(6)
 DIGEST_XXH3_128 = 1
 PAGE_BYTES = 4096
 FIXED_BYTES = 256
+FILL = slice(120, 136)
 SEGMENT_BYTES = 32
 DIGEST_BYTES = 16
 
@@ -82,8 +86,19 @@ def header_bytes(segments: int) -> int:
 
 
 def frame_bytes(layout: Layout) -> int:
-    """Return the size of a `raw` frame of this layout."""
-    return header_bytes(layout.layers) + layout.payload_bytes
+    """Return the size of a block of this layout in `raw` frames."""
+    part = layout.part_layout
+    return block_bytes(header_bytes(part.layers) + part.payload_bytes, layout.part_count)
+
+
+def block_bytes(nbytes: int, parts: int) -> int:
+    """Return the size of a block whose parts are frames of so many bytes."""
+    return (parts - 1) * pages(nbytes) + nbytes
+
+
+def pages(nbytes: int) -> int:
+    """Round up to whole pages."""
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,10 +205,33 @@ def decode(data: bytes | memoryview) -> Header:
     )
 
 
+def frames(block: memoryview) -> Iterator[tuple[memoryview, Header]]:
+    """Yield payload and header of each frame of a block, all of one block and one fill.
+
+    Raises FrameError where they are not, or do not fill the block; payloads are not looked at.
+    """
+    first, at = None, 0
+    while True:
+        header = decode(block[at:])
+        end = at + header.nbytes
+        first = first or header
+        if (header.key, header.identity, header.fill) != (first.key, first.identity, first.fill):
+            raise FrameError("parts of two blocks, or of two fills")
+        if end > len(block):
+            raise FrameError(f"a frame of {header.nbytes} bytes in {len(block) - at}")
+        yield block[end - header.payload_bytes : end], header
+        if end == len(block):
+            return
+        at = pages(end)
+        if at >= len(block) or any(block[end:at]):
+            raise FrameError(f"{len(block) - end} bytes after a frame that are none")
+
+
 class Template:
     """Headers of one namespace's frames in one encoding, put together and taken apart again.
 
-    segment_bytes: uint64[layers], sizes of the encoded segments; those of `raw` if None.
+    layout: of a block that is one frame, or of one part; segment_bytes: uint64[layers], sizes of
+    the encoded segments; those of `raw` if None; part: which one it is of its block.
 
     Only key, parent, fill, position and digests differ between frames of a namespace; the rest is
     laid down once here, and compared byte for byte on reading. Plain bytes, not arrays: after a
@@ -206,6 +244,7 @@ class Template:
         identity: bytes,
         encoding: int = ENCODING_RAW,
         segment_bytes: NDArray[np.uint64] | None = None,
+        part: tuple[int, int, int, int] | None = None,
     ) -> None:
         sizes = segment_bytes
         if sizes is None:
@@ -219,7 +258,7 @@ class Template:
             parent=bytes(KEY_BYTES),
             identity=identity,
             fill=bytes(16),
-            part=(0, layout.layers, 0, layout.kv_heads),
+            part=part or (0, layout.layers, 0, layout.kv_heads),
             position=0,
             tokens=layout.block_tokens,
             segments=self.segments,

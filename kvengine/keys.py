@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 import numpy as np
@@ -20,7 +20,7 @@ from blake3 import blake3
 from numpy.typing import NDArray
 
 from kvengine.errors import BadKey
-from kvengine.layout import Layout
+from kvengine.layout import Layout, Range, View
 
 KEY_BYTES = 32
 ROOT_KEY = bytes(KEY_BYTES)
@@ -106,26 +106,46 @@ def token_bytes(tokens: Tokens) -> memoryview:
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """One identity under one tenant: where keys come from. Made by `Engine.namespace`."""
+    """One identity under one tenant: where keys come from. Made by `Engine.namespace`.
+
+    `chosen` is what a rank has of each block; None: all of it.
+    """
 
     identity: Identity
     layout: Layout
     number: int
     digest: bytes
     root: bytes
+    chosen: View | None = None
 
     def __repr__(self) -> str:
         return f"Namespace({self.identity.model!r}, pool={self.identity.pool!r})"
+
+    @property
+    def view(self) -> View:
+        """What `save` takes and `load` gives of each block."""
+        return self.chosen or self.layout.view()
+
+    def part(self, *, layers: Range | None = None, heads: Range | None = None) -> Namespace:
+        """Return the same namespace for a rank that has these layers and heads: first, and end.
+
+        Its keys are the same; caches for them have its layers and heads only. None: all of them.
+        Raises LayoutError for a range that is not made of whole parts of the layout.
+        """
+        return replace(self, chosen=self.layout.view(layers, heads))
 
     def keys(self, tokens: Tokens) -> BlockKeys:
         """Name the full blocks of a prompt. A last, partial block has no key.
 
         tokens: 1-D integers below 2**32. Raises BadKey otherwise.
         """
+        return BlockKeys(self, chain(self.root, self.leaves(tokens)))
+
+    def leaves(self, tokens: Tokens) -> list[memoryview]:
+        """Cut tokens into full blocks, as the chain hashes them."""
         data = token_bytes(tokens)
         step = 4 * self.layout.block_tokens
-        messages = [data[at : at + step] for at in range(0, len(data) - step + 1, step)]
-        return BlockKeys(self, chain(self.root, messages))
+        return [data[at : at + step] for at in range(0, len(data) - step + 1, step)]
 
     def keys_of_hashes(
         self, hashes: Sequence[bytes], position: int = 0, parent: bytes | None = None
@@ -184,6 +204,17 @@ class BlockKeys:
         parent = self.parent if start == 0 else self.key(start - 1)
         data = self.data[start * KEY_BYTES : stop * KEY_BYTES]
         return BlockKeys(self.namespace, data, self.position + start, parent)
+
+    def following(self, tokens: Tokens) -> BlockKeys:
+        """Name the full blocks of the tokens that come after these blocks, without their keys.
+
+        For a stream that grows: nothing before is hashed again. Only for keys of tokens, not of a
+        serving engine's hashes. Raises BadKey as `Namespace.keys` does.
+        """
+        names = self.namespace
+        position = self.position + len(self)
+        parent = self.key(len(self) - 1) if len(self) else self.parent
+        return BlockKeys(names, chain(names.root, names.leaves(tokens), parent), position, parent)
 
     def key(self, index: int) -> bytes:
         """Return one key, 32 bytes."""

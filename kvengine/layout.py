@@ -3,13 +3,14 @@
 A block holds `block_tokens` consecutive tokens of every layer. A frame's payload is one segment a
 layer, K then V, each in the axis order of the caller's cache (`order`), so that nothing is permuted
 on the way. Arrays of a paged cache and of a contiguous sequence with the same `order` make the same
-frames.
+frames. A block of a model that runs on several ranks is cut into parts, each a frame of its own: so
+many ranges of layers times so many ranges of heads, all of one size. A rank has a `View`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Literal, NamedTuple
 
 from blake3 import blake3
 
@@ -31,6 +32,42 @@ LAYERS_MAX = 4096
 # What the fields of a frame's header hold.
 FIELDS_MAX = {"layers": LAYERS_MAX, "kv_heads": 0xFFFF, "block_tokens": 0xFFFF_FFFF}
 PAYLOAD_BYTES_MAX = 1 << 40
+PARTS_MAX = 64
+
+Range = tuple[int, int]
+
+
+class Part(NamedTuple):
+    """A range of layers and a range of heads, as a frame's header has them."""
+
+    layer: int
+    layer_end: int
+    head: int
+    head_end: int
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What one rank has of each block: whole parts. Made by `Layout.view`.
+
+    `layout` describes the rank's own arrays. `numbers` are those of its parts in a block, and
+    `places` where each lies in the rank's arrays.
+    """
+
+    part: Part
+    layout: Layout
+    numbers: tuple[int, ...]
+    places: tuple[Part, ...]
+
+    @property
+    def mask(self) -> int:
+        """One bit for each of its parts."""
+        return sum(1 << number for number in self.numbers)
+
+    @property
+    def lanes(self) -> int:
+        """How many of its parts each layer has."""
+        return self.layout.head_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +80,9 @@ class Layout:
     leading block axis; it does not change a frame, so it is not part of the digest.
     `permutation` names a byte order of the engine's own that the axes do not show (CPU attention
     kernels have one): equal bytes are promised only between equal names.
+    `layer_parts` and `head_parts` cut a block: as many as the most ranks that pipeline and tensor
+    parallelism will ever have; readers of fewer ranks load several parts. Replicated heads and MLA
+    are not cut by heads: one of the ranks writes.
     Raises LayoutError for what does not fit, naming the field.
     """
 
@@ -83,15 +123,25 @@ class Layout:
                 f"Layout.attention {self.attention!r} is not supported yet, expected 'full': "
                 "do not attach the engine to sliding-window or recurrent layers"
             )
-        if (self.layer_parts, self.head_parts) != (1, 1):
-            raise LayoutError(
-                f"blocks of {self.layer_parts} x {self.head_parts} parts are not supported yet, "
-                "expected 1 x 1: open the engine in one process that sees all heads and layers"
-            )
+        self._check_parts()
         if self.payload_bytes > PAYLOAD_BYTES_MAX:
             raise LayoutError(
                 f"a block of {self.payload_bytes} bytes, at most {PAYLOAD_BYTES_MAX} fit in a "
                 "frame: use a smaller Layout.block_tokens, head_dim or head_dim_v"
+            )
+
+    def _check_parts(self) -> None:
+        for name, whole in (("layer_parts", "layers"), ("head_parts", "kv_heads")):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1 or getattr(self, whole) % value:
+                raise LayoutError(
+                    f"Layout.{name} must divide Layout.{whole} ({getattr(self, whole)}), got "
+                    f"{value!r}: parts are all of one size"
+                )
+        if self.part_count > PARTS_MAX:
+            raise LayoutError(
+                f"a block of {self.layer_parts} x {self.head_parts} parts, at most {PARTS_MAX} in "
+                "all: give as many layer_parts and head_parts as there are ranks"
             )
 
     @classmethod
@@ -138,6 +188,65 @@ class Layout:
     def payload_bytes(self) -> int:
         """Bytes of K/V in one block, as the `raw` codec stores them."""
         return self.layers * self.segment_bytes
+
+    @property
+    def part_count(self) -> int:
+        """How many parts a block has."""
+        return self.layer_parts * self.head_parts
+
+    @property
+    def part_layout(self) -> Layout:
+        """Describe one part, as if it were a block."""
+        return self._cut(self.layers // self.layer_parts, self.kv_heads // self.head_parts, 1, 1)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The parts of a block in the order of their frames: by layers, then by heads."""
+        layers, heads = self.layers // self.layer_parts, self.kv_heads // self.head_parts
+        return tuple(
+            Part(layer, layer + layers, head, head + heads)
+            for layer in range(0, self.layers, layers)
+            for head in range(0, self.kv_heads, heads)
+        )
+
+    def view(self, layers: Range | None = None, heads: Range | None = None) -> View:
+        """Name some layers and heads of every block, from first to last, the last excluded.
+
+        None: all of them. Raises LayoutError for a range that is not made of whole parts.
+        """
+        if layers is None and heads is None:
+            whole = Part(0, self.layers, 0, self.kv_heads)
+            return View(whole, self, tuple(range(self.part_count)), self.parts)
+        layer, layer_end = self._range("layers", layers, self.layers, self.layer_parts)
+        head, head_end = self._range("heads", heads, self.kv_heads, self.head_parts)
+        inside = [
+            (number, Part(p.layer - layer, p.layer_end - layer, p.head - head, p.head_end - head))
+            for number, p in enumerate(self.parts)
+            if layer <= p.layer < layer_end and head <= p.head < head_end
+        ]
+        layer_parts = (layer_end - layer) * self.layer_parts // self.layers
+        head_parts = (head_end - head) * self.head_parts // self.kv_heads
+        return View(
+            Part(layer, layer_end, head, head_end),
+            self._cut(layer_end - layer, head_end - head, layer_parts, head_parts),
+            tuple(number for number, _ in inside),
+            tuple(place for _, place in inside),
+        )
+
+    def _cut(self, layers: int, heads: int, layer_parts: int, head_parts: int) -> Layout:
+        return replace(
+            self, layers=layers, kv_heads=heads, layer_parts=layer_parts, head_parts=head_parts
+        )
+
+    def _range(self, name: str, given: Range | None, whole: int, parts: int) -> Range:
+        first, last = (0, whole) if given is None else given
+        step = whole // parts
+        if not 0 <= first < last <= whole or first % step or last % step:
+            raise LayoutError(
+                f"{name} {first}..{last} of {whole}, expected a range of whole parts of {step}: "
+                "open the namespace with a layout of more layer_parts or head_parts"
+            )
+        return first, last
 
     def digest(self) -> bytes:
         """Return 32 bytes that differ between any two layouts whose frames differ."""

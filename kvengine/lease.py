@@ -66,7 +66,8 @@ class Reservation:
     were refused, or someone else fills them now), `slots` where in the arena. Ends by
     `Store.commit` or `Store.abort`, at once; or at its deadline, when the keys are free for others,
     and the slots stay quarantined until this object says that nobody writes them any more (commit,
-    abort, or its end).
+    abort, or its end). `fill` is what all frames of one fill carry: that of a group, where several
+    ranks fill a block together, each its parts; such a block is void at once when this object ends.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Reservation:
         parents: Int32s,
         deadline: float,
         dead: deque[bytes],
+        fill: bytes | None = None,
     ) -> None:
         self.keys = keys
         self.number = number  # of the form that its slots are for
@@ -88,7 +90,7 @@ class Reservation:
         self.slots = slots
         self.deadline = deadline
         drawn = os.urandom(32)
-        self.fill, self.token = drawn[:16], drawn[16:]
+        self.fill, self.token = fill or drawn[:16], drawn[16:]
         self.ids = ids
         self.parents = parents
         self._dead = dead

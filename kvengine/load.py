@@ -15,13 +15,14 @@ from kvengine.arena import Slots
 from kvengine.cache import PagedCache
 from kvengine.compiled import Int32s
 from kvengine.fetches import Alarm, Fetches
+from kvengine.forms import Form
 from kvengine.frame import PAGE_BYTES
 from kvengine.index import NO_SLOT
 from kvengine.kernels.copy import BAD, GOOD
 from kvengine.keys import BlockKeys
 from kvengine.lease import Bools
 from kvengine.policy import NO_PARENT
-from kvengine.store import EMPTY, Form, Store
+from kvengine.store import EMPTY, Store
 from kvengine.tiers import Report, Span, Tier
 from kvengine.transfer import Job, Transfer, Transfers
 
@@ -102,7 +103,8 @@ class Load:
         self._cache = cache
         self._table = table
         self._mapping = None if mapping is None else mapping.reshape(len(ids), -1)
-        self._layers = (0, keys.namespace.layout.layers)
+        self._view = keys.namespace.view
+        self._layers = (0, self._view.layout.layers)
         self._good = np.zeros(len(ids), dtype=np.bool_)
         self._lock = threading.Lock()
         self._left = 0
@@ -133,7 +135,7 @@ class Load:
     def _pieces(self, number: int) -> tuple[Piece, ...]:
         """How frames of a form are cut: in one, but for large frames of a lone disk."""
         form = next(form for form in self._forms if form.number == number)
-        if len(self._tiers) != 1 or self._tiers[0].remote:
+        if len(self._tiers) != 1 or self._tiers[0].remote or len(form.templates) > 1:
             return ()
         return pieces(form.template.header_bytes, form.template.segments[:, 1].tolist())
 
@@ -199,7 +201,7 @@ class Load:
             last = self._left == 0
         if last:
             self._store.unpin(self._ids)
-            nbytes = int(self._good.sum()) * self._keys.namespace.layout.payload_bytes
+            nbytes = int(self._good.sum()) * self._view.layout.payload_bytes
             self._transfer.finish(self._good, nbytes)
 
     def _none(self, part: Part) -> None:
@@ -373,10 +375,9 @@ class Load:
         form = next(form for form in self._forms if form.number == number)
         size = form.template.header_bytes
         if at == 0:
-            fine, part.digests = form.template.read(
-                (self._store.arena.view(slot, size) for slot in part.slots.tolist()),
-                [self._keys.key(row) for row in part.rows.tolist()],
-            )
+            keys = [self._keys.key(row) for row in part.rows.tolist()]
+            fine, found = form.read(self._store.arena.view, part.slots.tolist(), keys, self._view)
+            part.digests = found[0]
             part.verdicts[part.arrived & ~fine] = BAD
         tried = np.flatnonzero(part.arrived & (part.verdicts != BAD).all(axis=1))
         rows = part.rows[tried]
@@ -470,28 +471,33 @@ class Load:
         bad = np.ones(len(part.rows), dtype=np.bool_) if arrived is None else arrived.copy()
         jobs: list[tuple[Form, Job]] = []
 
-        def ended() -> None:
+        def decoded(tried: NDArray[np.intp], verdicts: NDArray[np.uint8]) -> None:
             with self._lock:
+                good[tried] &= (verdicts == GOOD).all(axis=1)
+                bad[tried] |= (verdicts == BAD).any(axis=1)
                 left[0] -= 1
                 last = left[0] == 0
             if last:
-                try:
-                    self._store.corrupt(self._ids[part.rows[bad]], part.tier)
-                finally:
-                    self._over(part, good)
+                ended()
+
+        def ended() -> None:
+            try:
+                self._store.corrupt(self._ids[part.rows[bad]], part.tier)
+            finally:
+                self._over(part, good)
 
         for form in self._forms:
             mine = np.flatnonzero(bad & (self._numbers[part.rows] == form.number))
-            size = form.template.header_bytes
-            fine, digests = form.template.read(
-                (self._store.arena.view(slot, size) for slot in part.slots[mine].tolist()),
-                [self._keys.key(row) for row in part.rows[mine].tolist()],
-            )
+            keys = [self._keys.key(row) for row in part.rows[mine].tolist()]
+            slots = part.slots[mine].tolist()
+            fine, digests = form.read(self._store.arena.view, slots, keys, self._view)
             tried = mine[fine]
-            bad[tried] = False
+            bad[tried], good[tried] = False, True  # until one of their parts is not
             if len(tried):
-                jobs.append((form, self._job(form, part, tried, digests[fine], (good, bad), ended)))
-        left = [max(1, len(jobs))]
+                chosen = [each[fine] for each in digests]
+                made = self._jobs(form, part, tried, chosen, partial(decoded, tried))
+                jobs += [(form, job) for job in made]
+        left = [len(jobs)]
         if not jobs:
             ended()
             return
@@ -501,32 +507,33 @@ class Load:
             self._transfers.load(self._transfer, job, form.codec)
         self._transfer.arrived(part.rows, self._layers)
 
-    def _job(
+    def _jobs(
         self,
         form: Form,
         part: Part,
         tried: NDArray[np.intp],
-        digests: NDArray[np.uint64],
-        found: tuple[Bools, Bools],
-        ended: Callable[[], None],
-    ) -> Job:
-        """Decode those of the part's rows whose headers are right and of one form."""
-        rows, good, bad = part.rows[tried], *found
-        table = form.codec.table(
-            self._cache,
-            self._store.arena.addresses(part.slots[tried]) + form.template.header_bytes,
-            None if self._table is None else self._table[rows],
-            None if self._mapping is None else self._mapping[rows],
-        )
-
-        def done(verdicts: NDArray[np.uint8]) -> None:
-            try:
-                good[tried] = (verdicts == GOOD).all(axis=1)
-                bad[tried] = (verdicts == BAD).any(axis=1)
-            finally:
-                ended()
-
-        return Job(table, digests, rows, done, self._cache)
+        digests: list[NDArray[np.uint64]],
+        on_done: Callable[[NDArray[np.uint8]], None],
+    ) -> list[Job]:
+        """Decode those of the window's rows whose headers are right and of one form, by parts."""
+        rows = part.rows[tried]
+        shape = self._keys.namespace.layout.part_layout
+        slots = self._store.arena.addresses(part.slots[tried])
+        jobs = []
+        for at, (number, place) in enumerate(
+            zip(self._view.numbers, self._view.places, strict=True)
+        ):
+            table = form.codec.table(
+                self._cache.part(place, shape),
+                slots + form.payload(number),
+                None if self._table is None else self._table[rows],
+                None if self._mapping is None else self._mapping[rows],
+            )
+            lane = at % self._view.lanes
+            jobs.append(
+                Job(table, digests[at], rows, on_done, self._cache, layer=place.layer, lane=lane)
+            )
+        return jobs
 
 
 def windows(

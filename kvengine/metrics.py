@@ -54,6 +54,12 @@ TABLE = (
         "Seconds of computing that loads made unnecessary, less what they took",
     ),
     Series("kvengine_plan_decisions_total", "counter", ("reason",), "Prompts, by what was fetched"),
+    Series(
+        "kvengine_incomplete_blocks_total",
+        "counter",
+        ("reason",),
+        "Blocks given up for a part that was aborted, or missing at the deadline",
+    ),
     Series("kvengine_dropped_blocks_total", "counter", (), "Blocks dropped by command"),
     Series("kvengine_hint_unknown_blocks_total", "counter", (), "Blocks of hints, not known here"),
     Series("kvengine_expired_total", "counter", ("kind",), "Leases and reservations past deadline"),

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 
 from kvengine.cache import PagedCache
 from kvengine.compiled import Int32s
+from kvengine.forms import Form
 from kvengine.kernels.copy import GOOD, OVERFULL
 from kvengine.keys import BlockKeys
 from kvengine.lease import Reservation
 from kvengine.metrics import Metrics
 from kvengine.policy.retention import NEVER, Retained
 from kvengine.retention import Retention
-from kvengine.store import Form, Store
+from kvengine.store import Store
 from kvengine.tiers.finder import Finder
 from kvengine.transfer import Job, Transfer, Transfers
 
@@ -25,7 +26,8 @@ from kvengine.transfer import Job, Transfer, Transfers
 class Save:
     """One save under way. The first block of a prompt may take a form of its own.
 
-    `on_saved` is called after each commit, on a transfer's thread.
+    `on_saved` is called after each commit, on a transfer's thread. `group` names the ranks that
+    fill these blocks together, each the parts of its view; None: this one has all of them.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Save:
         table: NDArray[np.int64] | None,
         mapping: NDArray[np.int64] | None,
         keep: Sequence[Retention] = (),
+        group: bytes | None = None,
     ) -> None:
         self._store = store
         self._transfers = transfers
@@ -52,6 +55,8 @@ class Save:
         self._cache = cache
         self._table = table
         self._mapping = None if mapping is None else mapping.reshape(len(keys), -1)
+        self._view = keys.namespace.view
+        self._group = group
         self._good = np.zeros(len(keys), dtype=np.bool_)
         self._keep = keep
         self._before = np.zeros(len(keys), dtype=np.bool_)  # held when the save began
@@ -66,42 +71,68 @@ class Save:
         head = 1 if self._keys.position == 0 and forms.first is not forms.usual else 0
         for first, last, form in ((0, head, forms.first), (head, count, forms.usual)):
             if first < last:
-                self._transfers.guarded(self._transfer, partial(self._part, first, last, form))
-        self._part_done()
+                self._transfers.guarded(self._transfer, partial(self._run, first, last, form))
+        self._run_done()
 
-    def _part(self, first: int, last: int, form: Form) -> None:
+    def _run(self, first: int, last: int, form: Form) -> None:
         """Begin to save blocks first..last of the table in one form."""
         whole = last - first == len(self._keys)
         keys = self._keys if whole else self._keys[first:last]
-        reservation = self._store.reserve(keys, form)
+        reservation = self._store.reserve(keys, form, self._group)
         self._good[first:last] |= reservation.held
         self._before[first:last] |= reservation.held
-        if not len(reservation):
-            return
-        try:
-            job = self._job(reservation, first, form)
-        except BaseException:
-            self._store.abort(reservation)
-            raise
-        with self._lock:
-            self._left += 1
-        self._transfers.save(self._transfer, job, form.codec)
+        if len(reservation):
+            try:
+                jobs = self._jobs(reservation, first, form)
+            except BaseException:
+                self._store.abort(reservation)
+                raise
+            with self._lock:
+                self._left += 1
+            for job in jobs:
+                self._transfers.save(self._transfer, job, form.codec)
+        if self._group is not None and form is self._forms.usual and self._forms.spare is not None:
+            left = ~reservation.held
+            left[reservation.indices] = False
+            # Those that another rank of the group fills in the spare form, or that had no room.
+            self._runs(first + np.flatnonzero(left), self._forms.spare)
 
-    def _job(self, reservation: Reservation, first: int, form: Form) -> Job:
+    def _runs(self, rows: NDArray[np.intp], form: Form) -> None:
+        for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
+            if len(run):
+                self._run(int(run[0]), int(run[-1]) + 1, form)
+
+    def _jobs(self, reservation: Reservation, first: int, form: Form) -> list[Job]:
+        """Describe the work, a job for each part; the last one done commits."""
         rows = reservation.indices + first
-        table = form.codec.table(
-            self._cache,
-            self._store.arena.addresses(reservation.slots) + form.template.header_bytes,
-            None if self._table is None else self._table[rows],
-            None if self._mapping is None else self._mapping[rows],
-        )
-        layers = self._keys.namespace.layout.layers
-        digests = np.zeros((len(rows), layers, 2), dtype=np.uint64)
+        part = self._keys.namespace.layout.part_layout
+        slots = self._store.arena.addresses(reservation.slots)
+        parts = len(self._view.numbers)
+        digests = np.zeros((parts, len(rows), part.layers, 2), dtype=np.uint64)
+        verdicts = np.zeros((parts, len(rows), part.layers), dtype=np.uint8)
+        left = [parts]
 
-        def done(verdicts: NDArray[np.uint8]) -> None:
-            self._encoded(form, reservation, first, digests, verdicts)
+        def done(at: int, found: NDArray[np.uint8]) -> None:
+            verdicts[at] = found
+            with self._lock:
+                left[0] -= 1
+                last = left[0] == 0
+            if last:
+                self._encoded(form, reservation, first, digests, verdicts)
 
-        return Job(table, digests, rows, done, self._cache)
+        jobs = []
+        for at, (number, place) in enumerate(
+            zip(self._view.numbers, self._view.places, strict=True)
+        ):
+            table = form.codec.table(
+                self._cache.part(place, part),
+                slots + form.payload(number),
+                None if self._table is None else self._table[rows],
+                None if self._mapping is None else self._mapping[rows],
+            )
+            on_done = partial(done, at)
+            jobs.append(Job(table, digests[at], rows, on_done, self._cache, layer=place.layer))
+        return jobs
 
     def _encoded(
         self,
@@ -112,22 +143,24 @@ class Save:
         verdicts: NDArray[np.uint8],
     ) -> None:
         """Commit what is whole; save what found no room in the spare form, which has room."""
-        whole = (verdicts == GOOD).all(axis=1)
+        whole = (verdicts == GOOD).all(axis=(0, 2))
         rows = reservation.indices + first
+        full = ((verdicts == GOOD) | (verdicts == OVERFULL)).all(axis=(0, 2)) & ~whole
         saved = 0
         try:
+            if self._group is not None and full.any():
+                self._widen(rows[full])
             saved = self._commit(form, reservation, digests, whole)
-            if saved:
+            if saved and self._group is None:
                 self._good[rows] |= whole
             with self._lock:
                 self._saved += saved
             if self._finder:
                 self._finder.forget([reservation.keys.key(i) for i in reservation.indices.tolist()])
-            if not whole.all():
-                full = ((verdicts == GOOD) | (verdicts == OVERFULL)).all(axis=1) & ~whole
+            if self._group is None and full.any():
                 self._save_overfull(rows[full], form)
         finally:
-            self._part_done()
+            self._run_done()
         self._transfers.stand_back()
         self._metrics.add("saved_blocks", saved)
         self._on_saved(reservation.keys, len(rows))
@@ -148,30 +181,34 @@ class Save:
 
     def _save_overfull(self, rows: NDArray[np.intp], form: Form) -> None:
         """Save blocks again, in the form that has room for all."""
-        if not len(rows):
-            return
         self._metrics.add("overfull_blocks", len(rows))
         spare = self._forms.spare
         if spare is not None and spare is not form:
-            for run in np.split(rows, np.flatnonzero(np.diff(rows) != 1) + 1):
-                self._part(int(run[0]), int(run[-1]) + 1, spare)
+            self._runs(rows, spare)
+
+    def _widen(self, rows: NDArray[np.intp]) -> None:
+        """Give up blocks of which a part found no room: the others' arrays may have changed.
+
+        The next fill of them is in the spare form.
+        """
+        self._metrics.add("overfull_blocks", len(rows))
+        self._store.widen([self._keys.key(row) for row in rows.tolist()])
 
     def _write_headers(
         self, form: Form, reservation: Reservation, digests: NDArray[np.uint64]
     ) -> None:
         keys, view = reservation.keys, self._store.arena.view
         indices = reservation.indices.tolist()
-        headers = form.template.write(
-            [keys.key(index) for index in indices],
-            [keys.key(index - 1) if index else keys.parent for index in indices],
-            reservation.fill,
-            [keys.position + index for index in indices],
-            digests,
-        )
-        for slot, header in zip(reservation.slots.tolist(), headers, strict=True):
-            view(slot, len(header))[:] = header
+        names = [keys.key(index) for index in indices]
+        parents = [keys.key(index - 1) if index else keys.parent for index in indices]
+        positions = [keys.position + index for index in indices]
+        slots = reservation.slots.tolist()
+        for at, number in enumerate(self._view.numbers):
+            form.write(
+                view, slots, number, names, parents, reservation.fill, positions, digests[at]
+            )
 
-    def _part_done(self) -> None:
+    def _run_done(self) -> None:
         with self._lock:
             self._left -= 1
             last = self._left == 0
@@ -181,7 +218,7 @@ class Save:
                 self._good |= self._store.contains(self._keys)
             for each in self._keep:
                 self._retain(each)
-            nbytes = self._saved * self._keys.namespace.layout.payload_bytes
+            nbytes = self._saved * self._view.layout.payload_bytes
             self._transfer.finish(self._good, nbytes)
 
     def _retain(self, asked: Retention) -> None:

@@ -12,7 +12,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,7 +21,9 @@ from kvengine.arena import Arena, Slots
 from kvengine.codec import Codec, Forms, forms_of
 from kvengine.compiled import Int32s, Int64s
 from kvengine.errors import LayoutError
-from kvengine.frame import PAGE_BYTES, Template
+from kvengine.fills import Fills, Settled
+from kvengine.forms import Form, form_of
+from kvengine.frame import PAGE_BYTES
 from kvengine.index import (
     COMMITTED,
     DOOMED,
@@ -49,7 +51,7 @@ UNKNOWN = -1
 ROOM_TABLES = 8
 STATS_ROWS = 1 << 15
 LOOPS_MAX = 128  # more than index and policy have
-
+WIDE_MAX = 1 << 16
 
 FORM_BITS = 1  # a namespace has two numbers: its frames are of up to two sizes
 
@@ -60,15 +62,6 @@ class Space:
 
     digest: bytes
     nbytes: int
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Form:
-    """One kind of frame of a namespace: which space, which codec, how headers are written."""
-
-    number: int
-    codec: Codec
-    template: Template
 
 
 class Store:
@@ -102,6 +95,9 @@ class Store:
         self._leases: dict[bytes, Lease] = {}
         self._reservations: dict[bytes, Reservation] = {}
         self._quarantine: dict[bytes, tuple[int, Slots]] = {}
+        self._fills = Fills(lambda ids: [key.tobytes() for key in self._index.keys(ids)])
+        self._joined: dict[bytes, tuple[Int32s, int]] = {}  # reservations of parts: ids, parts
+        self._wide: dict[bytes, None] = {}  # keys whose parts take the spare form
         self._remote_bits = 0
         self._dirty: list[deque[Int32s]] = []  # one for each tier
         self._waiting_bytes: list[int] = []
@@ -124,10 +120,9 @@ class Store:
         digest = identity.digest()
         forms = forms or forms_of(identity.fidelity, layout)
         assert forms.usual.fidelity == identity.fidelity
-        templates = {
-            each: Template(layout, digest, each.encoding, each.segment_bytes) for each in forms
-        }
-        sizes = {template.frame_bytes for template in templates.values()}
+        # The numbers are drawn under the lock.
+        made = {each: form_of(layout, digest, each, UNKNOWN) for each in forms}
+        sizes = {form.nbytes for form in made.values()}
         nbytes = max(sizes)
         if nbytes > self.arena.nbytes:
             raise LayoutError(
@@ -137,11 +132,9 @@ class Store:
         assert len(sizes) <= 1 << FORM_BITS
         with self._lock:
             numbers = {size: self._number(digest, size, keep=sizes) for size in sizes}
-            made = forms.map(
-                lambda each: Form(numbers[templates[each].frame_bytes], each, templates[each])
-            )
-            number = made.usual.number
-            self._forms.setdefault(number, made)
+            drawn = forms.map(lambda each: replace(made[each], number=numbers[made[each].nbytes]))
+            number = drawn.usual.number
+            self._forms.setdefault(number, drawn)
         return Namespace(identity, layout, number, digest, identity.root(secret))
 
     def knows(self, namespace: Namespace) -> bool:
@@ -288,11 +281,14 @@ class Store:
 
     # reserve → fill → commit
 
-    def reserve(self, keys: BlockKeys, form: Form | None = None) -> Reservation:
+    def reserve(
+        self, keys: BlockKeys, form: Form | None = None, group: bytes | None = None
+    ) -> Reservation:
         """Reserve slots for the keys not yet held; `form` is the usual one if None.
 
         Takes free slots and clean victims, never waits for I/O; may reserve fewer, from the start
-        of the table. Never raises for want of room.
+        of the table. Never raises for want of room. With a `group`, the namespace's view says which
+        parts of each block are asked for: what the group's other ranks have reserved is joined.
         """
         now = self._clock()
         number = keys.namespace.number if form is None else form.number
@@ -300,52 +296,76 @@ class Store:
         with self._lock:
             self._sweep(now)
             ids, fresh = self._index.claim(keys.words)
+            self._index.start(ids[fresh], number)
+            if group is not None:
+                group = keys.namespace.digest + group
+                self._put_off(keys, ids, fresh, group, number)
             indices = np.flatnonzero(fresh)
             new = ids if len(indices) == len(ids) else ids[indices]
             held = np.zeros(len(ids), dtype=np.bool_)
-            self._index.start(new, number)
             if len(new) < len(ids):
                 # What is held already is not given up for what continues it.
                 held = self._present(ids, number)[0]
-                known = ids[~fresh]
+                known = ids[~fresh & (ids >= 0)]
                 self._policy.held(self._index.lease(known))
                 slots = self._take(nbytes, len(new), now, self._incoming(keys, ids, indices))
                 self._unlease(known)
             else:
                 slots = self._take(nbytes, len(new), now, self._incoming(keys, ids, indices))
-            if len(slots) < len(new):
-                refused = new[len(slots) :]
+            refused = indices[len(slots) :]
+            if len(refused):
                 self._metrics.add("save_refused_blocks", len(refused))
-                self._index.rows[refused, LEASES] = 0
-                self._discard(refused)
+                self._index.rows[ids[refused], LEASES] = 0
+                self._discard(ids[refused])
                 indices, new = indices[: len(slots)], new[: len(slots)]
             self._index.rows[new, SLOT] = slots
+            deadline = now + self._reservation_s
+            fill = None
+            if group is not None:
+                given = [keys.key(index) for index in refused.tolist()]
+                mask = keys.namespace.view.mask
+                whole = (1 << keys.namespace.layout.part_count) - 1
+                self._fills.open(group, new, whole, mask, deadline, given)
+                mine = np.where(self._index.rows[ids, NAMESPACE] == number, ids, UNKNOWN)
+                joined = self._fills.join(group, mine, mask)
+                joined[indices] = True
+                indices = np.flatnonzero(joined)
+                new, fill = ids[indices], self._fills.fill(group)
+                slots = self._index.rows[new, SLOT]
+                deadline = self._fills.deadline(new) if len(new) else deadline
             parents = ids[indices - 1]
             if len(indices) and indices[0] == 0:
                 parents[0] = self._parent(keys)
-            deadline = now + self._reservation_s
             reservation = Reservation(
-                keys, number, new, indices, held, slots, parents, deadline, self._dead
+                keys, number, new, indices, held, slots, parents, deadline, self._dead, fill
             )
-            if len(new):
+            if len(new) and fill is None:
                 self._reservations[reservation.token] = reservation
+            elif len(new):
+                self._joined[reservation.token] = (new, keys.namespace.view.mask)
         return reservation
 
     def commit(self, reservation: Reservation, good: Bools | None = None) -> int:
         """Make filled blocks visible; `good` says which are whole (None: all).
 
-        Returns how many are visible now: 0 where the reservation had ended before.
+        Returns how many are visible now: 0 where the reservation had ended before. Blocks of which
+        this is a part are visible, and counted, with the last one.
         """
         if good is None:
             good = np.ones(len(reservation), dtype=np.bool_)
         now = self._clock()
         with self._lock:
-            if self._reservations.pop(reservation.token, None) is None:
+            ids = reservation.ids
+            if (joined := self._joined.pop(reservation.token, None)) is not None:
+                settled = self._fills.settle(*joined, good)
+                self._void(settled, "aborted")
+                good = settled.whole
+            elif self._reservations.pop(reservation.token, None) is None:
                 self._acknowledge(reservation.token)
                 return 0
-            ids = reservation.ids
-            if not good.all():
+            elif not good.all():
                 self._unreserve(ids[~good], reservation.slots[~good], reservation.number)
+            if not good.all():
                 ids = ids[good]
             self._index.rows[ids, STATE] = COMMITTED
             nbytes = self._spaces[reservation.number].nbytes
@@ -364,6 +384,13 @@ class Store:
     def abort(self, reservation: Reservation) -> None:
         """Give reserved slots back: nobody writes them any more. Idempotent."""
         self.commit(reservation, np.zeros(len(reservation), dtype=np.bool_))
+
+    def widen(self, keys: Sequence[bytes]) -> None:
+        """Note blocks that have no room in their usual form: their parts take the spare one."""
+        with self._lock:
+            self._wide.update(dict.fromkeys(keys))
+            while len(self._wide) > WIDE_MAX:
+                del self._wide[next(iter(self._wide))]
 
     def make_room(self, namespace: Namespace, count: int) -> None:
         """Evict ahead of need, so that the next `reserve` of so many blocks finds free slots.
@@ -538,8 +565,9 @@ class Store:
                     for tier, count in zip(self._tiers, by_tier, strict=True)
                 },
                 "leases": len(self._leases),
-                "reservations": len(self._reservations),
-                "quarantined_blocks": sum(len(slots) for _, slots in self._quarantine.values()),
+                "reservations": len(self._reservations) + len(self._joined),
+                "quarantined_blocks": self._fills.late
+                + sum(len(slots) for _, slots in self._quarantine.values()),
                 "unwritten_blocks": self._unwritten,
                 "index_bytes": self._index.nbytes + self._policy.nbytes,
             }
@@ -561,7 +589,13 @@ class Store:
             for nbytes, held in self._quarantine.values():
                 pages += self.arena.pages_of(nbytes) * len(held)
             assert (rows[:, LEASES] >= 0).all()
-            if not self._leases and not self._reservations and not self._unwritten:
+            doomed = self._index.rows[(self._index.rows[:, STATE] & STATE_MASK) == DOOMED]
+            pages += sum(
+                self.arena.pages_of(self._spaces[number].nbytes)
+                for number in doomed[doomed[:, SLOT] != NO_SLOT, NAMESPACE]
+            )
+            under_way = self._reservations or self._joined or self._fills.filling
+            if not self._leases and not under_way and not self._unwritten:
                 assert pages == self.arena.taken_pages, (pages, self.arena.taken_pages)
                 if not self._lent_pages:
                     assert not rows[:, LEASES].any()
@@ -787,6 +821,36 @@ class Store:
             self.arena.give(self._spaces[number].nbytes, slots)
             self._discard(ids)
 
+    def _put_off(
+        self, keys: BlockKeys, ids: Int32s, fresh: Bools, group: bytes, number: int
+    ) -> None:
+        """Leave new rows out that are not for this group to fill, or not in this form."""
+        forms = self._forms[keys.namespace.number]
+        spare = forms.spare is not None and number == forms.spare.number
+        known, crowded = self._fills.given_up(group), self._fills.crowded
+        if not (known or self._wide or spare or crowded):
+            return
+        off = []
+        for index in np.flatnonzero(fresh).tolist():
+            key = keys.key(index)
+            if crowded or key in known or (key in self._wide) != spare:
+                off.append(index)
+        if off:
+            fresh[off] = False
+            gone = ids[off]
+            self._index.rows[gone, LEASES] = 0
+            self._discard(gone)
+            ids[np.isin(ids, gone)] = UNKNOWN
+
+    def _void(self, settled: Settled, reason: str) -> None:
+        """Let go of blocks that were not filled whole; their slots wait for the last writer."""
+        if len(settled.void):
+            self._index.erase(settled.void)
+            self._index.rows[settled.void, STATE] = DOOMED
+            self._metrics.add("incomplete_blocks", len(settled.void), reason=reason)
+        if len(settled.over):
+            self._unlease(settled.over)
+
     def _sweep(self, now: float) -> None:
         """Reap the leases and reservations of dead owners, and blocks whose time is over.
 
@@ -796,6 +860,7 @@ class Store:
             self._evict(old, "time")
         while self._dead:
             self._acknowledge(self._dead.popleft())
+        self._void(self._fills.expire(now), "missing")
         while self._leases:
             lease = next(iter(self._leases.values()))
             if lease.deadline > now:
@@ -815,6 +880,10 @@ class Store:
             self._metrics.add("expired", 1, kind="reservation")
 
     def _acknowledge(self, token: bytes) -> None:
+        if (joined := self._joined.pop(token, None)) is not None:
+            none = np.zeros(len(joined[0]), dtype=np.bool_)
+            self._void(self._fills.settle(*joined, none), "aborted")
+            return
         nbytes, slots = self._quarantine.pop(token, (0, EMPTY))
         if len(slots):
             self.arena.give(nbytes, slots)

@@ -37,11 +37,11 @@ class Transfer:
     `done`. All methods are safe from any thread.
     """
 
-    def __init__(self, count: int, layers: int) -> None:
+    def __init__(self, count: int, layers: int, lanes: int = 1) -> None:
         self.good: Bools = np.zeros(count, dtype=np.bool_)
         self.nbytes = 0
         self.error: str | None = None
-        self._verdicts = np.zeros((count, layers), dtype=np.uint8)
+        self._verdicts = np.zeros((lanes, count, layers), dtype=np.uint8)  # lanes: parts of a layer
         self._pending = [0] * layers
         self._changed = threading.Condition()
         self._finished = False
@@ -71,7 +71,7 @@ class Transfer:
 
     def layer_good(self, layer: int) -> Bools:
         """Say which blocks' bytes of a layer a load has verified. Call after `wait_layer`."""
-        good: Bools = self._verdicts[:, layer] == GOOD
+        good: Bools = (self._verdicts[:, :, layer] == GOOD).all(axis=0)
         return good
 
     def cancel(self, timeout_s: float | None = None) -> bool:
@@ -97,14 +97,18 @@ class Transfer:
                     self._pending[layer] += 1
 
     def arrived(
-        self, rows: NDArray[np.intp], layers: Range, verdicts: NDArray[np.uint8] | None = None
+        self,
+        rows: NDArray[np.intp],
+        layers: Range,
+        verdicts: NDArray[np.uint8] | None = None,
+        lane: int = 0,
     ) -> None:
-        """Count one piece less; verdicts: uint8[rows, all layers], those of `layers` are taken."""
+        """Count one piece less; verdicts: uint8[rows, those layers]."""
         first, end = layers
         ended = False
         with self._changed:
             if verdicts is not None:
-                self._verdicts[rows, first:end] = verdicts[:, first:end]
+                self._verdicts[lane, rows, first:end] = verdicts
             for layer in range(first, end):
                 self._pending[layer] -= 1
                 ended |= not self._pending[layer]
@@ -139,6 +143,7 @@ class Job:
 
     digests: uint64[blocks, segments, 2], written by a save, read by a load. `keeps` is held
     until the job is over: the arrays behind the addresses. `segments`: only these (None: all).
+    The first segment is `layer` of the Transfer, and the job's blocks are of one `lane`.
     """
 
     table: Table
@@ -147,6 +152,12 @@ class Job:
     on_done: Callable[[NDArray[np.uint8]], None]
     keeps: object
     segments: Range | None = None
+    layer: int = 0
+    lane: int = 0
+
+    def layers(self, segments: Range) -> Range:
+        """Return which layers of the Transfer some segments are."""
+        return segments[0] + self.layer, segments[1] + self.layer
 
 
 class Transfers:
@@ -229,7 +240,7 @@ class Transfers:
         left = [len(tasks)]
         with self._lock:
             self._jobs += 1
-        transfer.expect(tasks)
+        transfer.expect([(blocks, job.layers(segments)) for blocks, segments in tasks])
 
         def run(blocks: Range, segments: Range) -> None:
             try:
@@ -239,9 +250,8 @@ class Transfers:
                 verdicts[slice(*blocks), slice(*segments)] = BAD
                 transfer.error = f"{type(error).__name__}: {error}"
                 self._on_error(error)
-            transfer.arrived(
-                job.rows[slice(*blocks)], segments, verdicts[slice(*blocks)] if loads else None
-            )
+            found = verdicts[slice(*blocks), slice(*segments)] if loads else None
+            transfer.arrived(job.rows[slice(*blocks)], job.layers(segments), found, job.lane)
             with self._lock:
                 left[0] -= 1
                 last = left[0] == 0

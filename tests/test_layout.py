@@ -31,8 +31,8 @@ BAD = [
     ("order", ["nhd", "DHN", "", None, "N"], "'NHD' or 'HND'"),
     ("attention", ["sliding", "state", "half", None], "expected 'full'"),
     ("permutation", [None, 5, b"x"], "text"),
-    ("layer_parts", [0, 2], "expected 1 x 1"),
-    ("head_parts", [0, 2], "expected 1 x 1"),
+    ("layer_parts", [0, -1, 3, 1.0, "2", None], "divide Layout.layers (2)"),
+    ("head_parts", [0, 2, 4, "3"], "divide Layout.kv_heads (3)"),
 ]
 
 layouts = st.builds(

@@ -23,6 +23,7 @@ FROZEN = {
     "kvengine_saved_prefill_seconds_total": ("counter", ()),
     "kvengine_hint_unknown_blocks_total": ("counter", ()),
     "kvengine_plan_decisions_total": ("counter", ("reason",)),
+    "kvengine_incomplete_blocks_total": ("counter", ("reason",)),
     "kvengine_dropped_blocks_total": ("counter", ()),
     "kvengine_expired_total": ("counter", ("kind",)),
     "kvengine_pinned_bytes": ("gauge", ()),

@@ -24,11 +24,11 @@ Dropped = Callable[[Sequence[bytes]], None]
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One frame to move. `frame` is arena memory: whole pages, the frame at its start.
+    """One block to move. `frame` is arena memory: whole pages, its frame or frames at their start.
 
-    A read may ask for a part of it, from byte `start` to `stop` (None: the end), both whole pages.
-    The first part has the header; the others are asked for when that is there. A tier may read more
-    than it was asked for.
+    A read may ask for some bytes of it, from `start` to `stop` (None: the end), both whole pages.
+    The first ones have the header; the others are asked for when that is there. A tier may read
+    more than it was asked for. Blocks of several frames are read whole.
     """
 
     key: bytes
@@ -55,15 +55,14 @@ def verify(span: Span) -> None:
 
     Each tier calls this in the thread that has read the bytes, before it reports them good.
     """
-    header = frame.decode(span.frame[: span.nbytes])
-    if header.key != span.key or header.nbytes != span.nbytes:
-        raise FrameError("a frame of another block, or of another size")
-    payload_at = span.nbytes - header.payload_bytes
-    stop = span.nbytes if span.stop is None else span.stop
-    if bad := frame.verify_payload(
-        header, span.frame[payload_at : span.nbytes], span.start - payload_at, stop - payload_at
-    ):
-        raise FrameError(f"the bytes of segments {bad} have changed")
+    start, stop = span.start, span.nbytes if span.stop is None else span.stop
+    for payload, header in frame.frames(span.frame[: span.nbytes]):
+        if header.key != span.key:
+            raise FrameError("a frame of another block")
+        at = span.nbytes - len(payload) if header.nbytes == span.nbytes else 0
+        first, last = (start - at, stop - at) if at else (0, len(payload))
+        if bad := frame.verify_payload(header, payload, first, last):
+            raise FrameError(f"the bytes of segments {bad} have changed")
 
 
 class Tier(Protocol):

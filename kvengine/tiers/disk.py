@@ -156,7 +156,7 @@ class DiskTier:
         except BlockingIOError as error:
             raise DirectoryInUse(
                 f"{self._path} is held by another process or engine: close that one, or give this "
-                "one a directory of its own"
+                "one a directory of its own; ranks of one model share a daemon (kvengine serve)"
             ) from error
         except OSError as error:
             self.detach()
