@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from kvengine.errors import ConfigError
-from kvengine.tenants import DEFAULT, Tenants
+from kvengine.tenants import DEFAULT, Quota, Tenants, sign
 
 SECRET = bytes(range(32))
 GOOD = {DEFAULT: {"secret": SECRET.hex(), "epoch": 3}}
@@ -156,3 +156,108 @@ def test_every_cut_of_a_file_is_noticed(path):
             Tenants(path)
     path.write_bytes(whole)
     assert len(Tenants(path).secret()) == 32
+
+
+NOBODY = 1 << 20  # a user that no tenant names
+
+
+def test_a_tenant_is_added_changed_and_removed(path):
+    tenants = Tenants(path)
+    quota = Quota(reserved_bytes=1 << 20, weight=2.0)
+    key = tenants.add("acme", users=(1001,), quota=quota)
+    assert len(key) == 32 and tenants.names() == ["acme", DEFAULT]
+    assert key.hex() not in path.read_text(), "only its digest is kept"
+    again = Tenants(path)
+    assert again.quota("acme") == quota and again.quota() == Quota()
+    assert again.secret("acme") == tenants.secret("acme") != again.secret()
+    again.set_quota("acme", Quota(maximum_bytes=5))
+    assert tenants.quota("acme") == quota and tenants.reload() and not tenants.reload()
+    assert tenants.quota("acme") == Quota(maximum_bytes=5)
+    tenants.remove("acme")
+    assert again.reload() and again.names() == [DEFAULT]
+    with pytest.raises(ConfigError, match="no tenant 'acme'"):
+        again.secret("acme")
+    first = tenants.secret(DEFAULT)
+    tenants.add("acme")
+    assert tenants.secret("acme") != first
+
+
+def test_changes_of_two_processes_are_both_kept(path):
+    one, two = Tenants(path), Tenants(path)
+    one.add("a")
+    two.add("b")
+    two.raise_epoch("a")
+    one.raise_epoch("a")
+    assert Tenants(path).names() == ["a", "b", DEFAULT] and Tenants(path).epoch("a") == 2
+
+
+@pytest.mark.parametrize("name", ["", "A", "-a", "a/b", "../a", "a" * 65, "a\n", "\xe9"])
+def test_a_malformed_name_is_refused(path, name):
+    with pytest.raises(ConfigError, match="a tenant's name is"):
+        Tenants(path).add(name)
+
+
+def test_what_cannot_be_is_refused(path):
+    tenants = Tenants(path)
+    tenants.add("acme")
+    with pytest.raises(ConfigError, match="'acme' already"):
+        tenants.add("acme")
+    with pytest.raises(ConfigError, match="reserve no more"):
+        tenants.set_quota("acme", Quota(reserved_bytes=2, maximum_bytes=1))
+    with pytest.raises(ConfigError, match="stays"):
+        tenants.remove(DEFAULT)
+    with pytest.raises(ConfigError, match="no tenant or gateway 'other'"):
+        tenants.remove("other")
+    with pytest.raises(ConfigError, match="'acme' is no gateway"):
+        tenants.ticket("acme", DEFAULT, 1e9)
+
+
+def test_epochs_of_a_model_and_of_the_tenant_only_rise(path):
+    tenants = Tenants(path)
+    seen = [tenants.epoch(model="m")]
+    for model in ("m", "", "m", "", ""):
+        before, other = tenants.epoch(model="m"), tenants.epoch(model="n")
+        tenants.raise_epoch(model=model)
+        seen.append(tenants.epoch(model="m"))
+        assert seen[-1] > before
+        assert (tenants.epoch(model="n") == other) == (model == "m")
+    assert len(set(seen)) == len(seen)
+    assert Tenants(path).epoch(model="m") == seen[-1]
+
+
+def test_who_is_admitted(path):
+    tenants = Tenants(path)
+    key = tenants.add("acme", users=(NOBODY - 1,))
+    other = tenants.add("other")
+    gateway = tenants.add("front", gateway=True, serves=("acme",))
+    anyone = tenants.add("open", gateway=True)
+    assert tenants.gateways() == ["front", "open"]
+    assert tenants.admits(DEFAULT, os.getuid(), b"", 0.0) == "rw"
+    assert tenants.admits(DEFAULT, NOBODY, b"", 0.0) == ""
+    assert tenants.admits("acme", NOBODY - 1, b"", 0.0) == "rw"
+    assert tenants.admits("acme", os.getuid(), b"", 0.0) == ""
+    assert tenants.admits("acme", NOBODY, key, 0.0) == "rw"
+    assert tenants.admits("acme", NOBODY, other, 0.0) == ""
+    assert tenants.admits("nobody", NOBODY, key, 0.0) == ""
+    assert tenants.admits("front", NOBODY, gateway, 0.0) == "", "a gateway is no tenant"
+    ticket = tenants.ticket("front", "acme", 100.0)
+    assert ticket == sign(gateway, "acme", 100.0)
+    assert tenants.admits("acme", NOBODY, ticket, 99.0) == "rw"
+    assert tenants.admits("acme", NOBODY, ticket, 100.0) == "", "it has ended"
+    assert tenants.admits("other", NOBODY, ticket, 99.0) == "", "of another tenant"
+    assert tenants.admits("other", NOBODY, sign(gateway, "other", 100.0), 99.0) == ""
+    assert tenants.admits("other", NOBODY, sign(anyone, "other", 100.0), 99.0) == "rw"
+    for at in range(len(ticket)):
+        forged = bytearray(ticket)
+        forged[at] ^= 1
+        assert tenants.admits("acme", NOBODY, bytes(forged), 0.0) == ""
+    tenants.remove("front")
+    assert tenants.admits("acme", NOBODY, ticket, 99.0) == ""
+
+
+def test_everyone_reads_what_is_public_and_its_owner_writes(path):
+    tenants = Tenants(path)
+    key = tenants.add("shared", public=True)
+    assert tenants.is_public("shared") and not tenants.is_public(DEFAULT)
+    assert tenants.admits("shared", NOBODY, b"", 0.0) == "r"
+    assert tenants.admits("shared", NOBODY, key, 0.0) == "rw"

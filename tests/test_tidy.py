@@ -25,7 +25,15 @@ HEAVY = ("torch", "triton", "jax", "jaxlib", "numba", "llvmlite", "transformers"
 # A module imports only from rows above its own. Names are below `kvengine.`; "" is the package
 # itself, what `import kvengine` gives. A row may name modules that are still to come.
 LAYERS = (
-    ("errors", "compiled", "workers", "kernels.native", "kernels.build", "kernels.driver"),
+    (
+        "errors",
+        "compiled",
+        "shares",
+        "workers",
+        "kernels.native",
+        "kernels.build",
+        "kernels.driver",
+    ),
     ("metrics", "policy", "layout", "url", "adapters.array", "kernels.launch", "kernels.memory"),
     ("policy.queues", "policy.ghosts", "policy.books", "policy.tournament"),
     ("policy.hazards",),
