@@ -18,6 +18,8 @@ from types import TracebackType
 
 import numpy as np
 
+from kvengine import arrays
+from kvengine.adapters.array import Export, export
 from kvengine.arena import Arena
 from kvengine.cache import PagedCache
 from kvengine.codec import EXACT, forms_of
@@ -349,6 +351,51 @@ class Engine:
         pinned = self._store.pin(lease, first, lease.blocks - first)
         deadline = time.monotonic() + self.config.fetch_s
         return prefetch(self._store, self._tiers, self._fetches, deadline, pinned)
+
+    # Arrays that are no K/V: embeddings of prompts, sentences, images
+
+    def save_array(
+        self,
+        name: str | bytes,
+        array: object,
+        *,
+        model: str,
+        revision: str = "",
+        adapter: str = "",
+        salt: str = "",
+        ttl_s: float | None = None,
+    ) -> bool:
+        """Store an array under a name and what has computed it. Returns whether it is held now.
+
+        name: text or bytes that change with the content, such as a digest of the text or image that
+        was embedded. array: of any framework, dtype and shape, in one run of host memory; its bytes
+        have been taken when this returns. `model` … `salt` as for `namespace`. After `ttl_s` it is
+        a miss; a later save may lengthen that. Raises LayoutError for an array or name that cannot
+        be kept, ConfigError for a `ttl_s` that is no time.
+        """
+        check_seconds("ttl_s", ttl_s)
+        source = arrays.Source(model, revision, adapter, salt)
+        named = arrays.Named(self, source, name)
+        found = arrays.looked_at(array)
+        return not self._away() and named.save(found, ttl_s, time.time())
+
+    def load_array(
+        self,
+        name: str | bytes,
+        *,
+        model: str,
+        revision: str = "",
+        adapter: str = "",
+        salt: str = "",
+    ) -> Export | None:
+        """Return a verified copy of an array that `save_array` has stored; None for a miss.
+
+        It is in new memory, for any framework: torch.from_dlpack(found), np.from_dlpack(found),
+        jax.dlpack.from_dlpack(found). Raises LayoutError for a name that is none.
+        """
+        named = arrays.Named(self, arrays.Source(model, revision, adapter, salt), name)
+        found = None if self._away() else named.load(time.time())
+        return None if found is None else export(found)
 
     # Keeping house
 

@@ -61,6 +61,7 @@ def tree(tmp_path):
     for path, line in {
         root / ".ci" / "vllm.sh": "",
         root / ".ci" / "sglang.sh": "",
+        root / ".ci" / "models.sh": "",
         tmp_path / "bin" / "apt-get": "",
         tmp_path / "bin" / "sudo": "",
         tmp_path / "bin" / "fast-python": (

@@ -59,7 +59,7 @@ LAYERS = (
     ("codec", "pin", "kernels.variants", "fetches", "fills", "tiers.segments", "tiers.remote"),
     ("forms", "tiers.*", "transfer", "peer.node", "peer.wire", "peer.membership"),
     ("store", "peer.tier", "peer.client"),
-    ("trace", "plan", "pins", "record", "load", "save", "writer"),
+    ("trace", "plan", "pins", "record", "load", "save", "writer", "arrays"),
     ("curves",),
     ("prefetch",),
     ("engine",),
