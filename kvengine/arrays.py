@@ -20,7 +20,7 @@ import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from kvengine.adapters.array import DTYPES, View, export, view
+from kvengine.adapters.array import DTYPES, Export, View, export, view
 from kvengine.errors import LayoutError
 from kvengine.keys import BlockKeys, Namespace
 from kvengine.layout import PAYLOAD_BYTES_MAX, Layout
@@ -302,7 +302,7 @@ def shown(described: Described, data: NDArray[np.uint8]) -> View:
     )
 
 
-def _bytes(found: View, start: int, nbytes: int) -> object:
+def _bytes(found: View, start: int, nbytes: int) -> Export:
     part = replace(
         found,
         address=found.address + start,
@@ -315,5 +315,6 @@ def _bytes(found: View, start: int, nbytes: int) -> object:
 
 
 def _numpy(found: View, start: int, nbytes: int) -> NDArray[np.uint8]:
-    array: NDArray[np.uint8] = np.from_dlpack(_bytes(found, start, nbytes))  # type: ignore[arg-type]
-    return array[0]
+    array: NDArray[np.uint8] = np.asarray(np.from_dlpack(_bytes(found, start, nbytes)), np.uint8)
+    row: NDArray[np.uint8] = array[0]
+    return row
