@@ -104,6 +104,10 @@ def _within(value: object, most: float) -> float:
     return seconds
 
 
+def _share(value: object) -> float:
+    return 0.0 if value in ("0", 0) and value is not False else _within(value, 1)
+
+
 def _life(value: object) -> float:
     return 0.0 if value in ("0", 0) and value is not False else _within(value, 10 * 366 * 86400)
 
@@ -227,6 +231,8 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "disk.size_bytes": Setting(_memory, "a size of at least 64K, such as 100G or 1.5T"),
         "disk.segment_bytes": Setting(_segment, "a size of at least 64K, such as 256M, or 0"),
         "disk.durable": Setting(_flag, "1, 0, true or false"),
+        "disk.clean_low": Setting(_share, "a share of memory from 0 to 1"),
+        "disk.clean_high": Setting(_share, "a share of memory from 0 to 1"),
         "lossless": Setting(_flag, "1, 0, true or false"),
         "pin": Setting(_flag, "1, 0, true or false"),
         "threads": Setting(_threads, "a number of threads from 1 to 256"),
@@ -284,6 +290,8 @@ QUERIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "size": "disk.size_bytes",
             "segment": "disk.segment_bytes",
             "durable": "disk.durable",
+            "clean_low": "disk.clean_low",
+            "clean_high": "disk.clean_high",
         },
         **dict.fromkeys(
             ("valkey", "redis", "valkeys", "rediss"),
@@ -309,15 +317,29 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     `segment_bytes` is the size of one segment file; 0 picks 256M, less on a small disk,
     up to 1G on a large one.
     `durable` makes a write count only once it has been synced.
+    Writing begins when more than `clean_low` of memory waits for it (0: at once), gently, and goes
+    at full rate above `clean_high`; closing and flushing write all. What waits is lost in a crash.
     """
 
     path: str
     size_bytes: int = 10 * GIB
     segment_bytes: int = 0
     durable: bool = False
+    clean_low: float = 0.0
+    clean_high: float = 0.25
 
     def __post_init__(self) -> None:
         _check(self, "disk.")
+        if self.clean_low > self.clean_high:
+            raise ConfigError(
+                f"disk.clean_low is {self.clean_low}, above disk.clean_high {self.clean_high}: "
+                "writing is to begin before it goes at full rate"
+            )
+        if self.durable and self.clean_low:
+            raise ConfigError(
+                f"disk.clean_low is {self.clean_low}, but disk.durable is on, which writes at "
+                "once: leave one of them out"
+            )
         # Few files, so that opening is quick; many enough to give room up in small steps.
         large = min(GIB, max(SEGMENT_BYTES, self.size_bytes // 1024))
         fitting = min(large, max(SEGMENT_BYTES_MIN, self.size_bytes // 8))

@@ -94,7 +94,8 @@ class Engine:
                 tier.close()
             raise
         self._writers = [
-            Writer(self._store, tier, number) for number, tier in enumerate(self._tiers)
+            Writer(self._store, tier, number, *self._marks(tier))
+            for number, tier in enumerate(self._tiers)
         ]
         self._fetches = Fetches(arena.nbytes // FETCH_SHARE, time.monotonic, self._failed)
         self._finder = Finder(self._tiers, time.monotonic, config.find_s)
@@ -483,7 +484,7 @@ class Engine:
         """Wait until every committed block is in the tier below, or given up. False: too late."""
         if self._away():
             return True
-        self._pump()
+        self._flush()
         return self._store.wait_clean(timeout_s)
 
     def drop(self, keys: BlockKeys) -> int:
@@ -557,7 +558,7 @@ class Engine:
         self._store.arena.stop()
         self._populating.join()
         self._transfers.close(CLOSE_S)
-        self._pump()
+        self._flush()
         self._store.wait_clean(CLOSE_S)
         for writer in self._writers:
             writer.stop()
@@ -730,10 +731,25 @@ class Engine:
             saved = float(np.diff(computing)[good].sum()) - seconds
             self.metrics.add("saved_prefill_seconds", max(0.0, saved))
 
+    def _marks(self, tier: Tier) -> tuple[int, int]:
+        """Return how many bytes of memory may wait for a tier before it is written to, and fast.
+
+        Others ask a remote one for what was saved here: it is written to at once.
+        """
+        disk, nbytes = self.config.disk, self._store.arena.nbytes
+        if tier.remote or disk is None:
+            return 0, 0
+        return int(disk.clean_low * nbytes), int(disk.clean_high * nbytes)
+
     def _pump(self) -> None:
         """Give every tier the next committed blocks."""
         for writer in self._writers:
             writer.pump()
+
+    def _flush(self) -> None:
+        """Begin to give every tier all committed blocks."""
+        for writer in self._writers:
+            writer.flush()
 
     def _held(self, keys: BlockKeys) -> Bools:
         """Say for each key whether its block is held here, or in a tier that was asked."""

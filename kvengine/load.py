@@ -106,6 +106,7 @@ class Load:
         self._view = keys.namespace.view
         self._layers = (0, self._view.layout.layers)
         self._good = np.zeros(len(ids), dtype=np.bool_)
+        self._pinned = np.ones(len(ids), dtype=np.bool_)
         self._lock = threading.Lock()
         self._left = 0
 
@@ -141,7 +142,8 @@ class Load:
 
     def _window_bytes(self, number: int) -> int:
         """Layers are there early only if all blocks are read together, so far as memory is lent."""
-        return self._fetches.share_bytes if len(self._pieces(number)) > 1 else FETCH_BYTES
+        share = self._fetches.share_bytes
+        return share if len(self._pieces(number)) > 1 else min(FETCH_BYTES, share)
 
     def _step(self, part: Part, work: Callable[[], None]) -> None:
         """Do a part's next piece. Should it fail, the part is over, and none of it good.
@@ -163,8 +165,12 @@ class Load:
             self._good[part.rows] = good
             if part.late:
                 self._store.repin(self._ids[part.rows])
-            elif part.tier is not None and len(part.rows):
-                self._give_back(part, part.rows, part.slots, good)
+            elif len(part.rows):
+                if part.tier is not None:
+                    self._give_back(part, part.rows, part.slots, good)
+                # A load of more than memory holds reads on into what it has done with.
+                self._pinned[part.rows] = False
+                self._store.unpin(self._ids[part.rows])
         finally:
             try:
                 if part.late:
@@ -200,7 +206,7 @@ class Load:
             self._left -= 1
             last = self._left == 0
         if last:
-            self._store.unpin(self._ids)
+            self._store.unpin(self._ids[self._pinned])
             nbytes = int(self._good.sum()) * self._view.layout.payload_bytes
             self._transfer.finish(self._good, nbytes)
 

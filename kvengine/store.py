@@ -45,6 +45,7 @@ from kvengine.metrics import Metrics
 from kvengine.policy import NO_PARENT, Policy, Request, Run
 from kvengine.policy.retention import Retained
 from kvengine.tiers import Held, Span, Tier
+from kvengine.transient import Transients
 
 EMPTY = np.empty(0, dtype=np.int32)
 UNKNOWN = -1
@@ -52,6 +53,8 @@ ROOM_TABLES = 8
 STATS_ROWS = 1 << 15
 LOOPS_MAX = 128  # more than index and policy have
 WIDE_MAX = 1 << 16
+TRANSIENT_SHARE = 4  # a quarter of memory for what is fetched, until it is asked for again
+
 
 FORM_BITS = 1  # a namespace has two numbers: its frames are of up to two sizes
 
@@ -104,6 +107,7 @@ class Store:
         self._spared: dict[int, int] = {}  # bits of the tiers that a namespace is not written to
         self._unwritten = 0  # over all tiers
         self._lent_pages = 0
+        self._transients = Transients()
         self._dead: deque[bytes] = deque()
 
     # Namespaces and tiers
@@ -212,6 +216,7 @@ class Store:
             request = Request(block_tokens=tokens) if request is None else request
             run = Run(ids[:in_memory], NO_PARENT, keys.position, 0, prints, request)
             self._policy.touched(run, now)
+            self._transients.remove(ids)
             lease = Lease(keys, ids, in_memory, now + self._lease_s, self.release)
             if len(ids):
                 self._leases[lease.token] = lease
@@ -277,6 +282,7 @@ class Store:
         with self._lock:
             ids = self._index.find(keys.words)
             in_memory = self._present(ids, keys.namespace.number)[1]
+            self._transients.remove(ids[in_memory])
             return tell(policy, np.where(in_memory, ids, np.int32(UNKNOWN)), now)
 
     # reserve → fill → commit
@@ -409,22 +415,30 @@ class Store:
 
     # Moving between arena and tiers
 
+    def waiting_bytes(self, tier: int) -> int:
+        """Return how much of memory waits for a tier, what is being written included."""
+        return self._waiting_bytes[tier]
+
     def take_dirty(self, nbytes_max: int, tier: int) -> tuple[Int32s, list[Span]]:
         """Take committed blocks that a tier is still to be given, about so many bytes, pinned.
 
-        Each is given back by `written`.
+        Each is given back by `written`. Those that were dropped meanwhile are let go of.
         """
         with self._lock:
             dirty = self._dirty[tier]
-            if not dirty:
-                return EMPTY, []
-            ids = dirty.popleft()
-            slot_bytes = self._spaces[int(self._index.rows[ids[0], NAMESPACE])].nbytes
-            count = max(1, nbytes_max // slot_bytes)
-            if len(ids) > count:
-                dirty.appendleft(ids[count:])
-                ids = ids[:count]
-            return ids, self._spans(ids, self._index.rows[ids, SLOT])
+            while dirty:
+                ids = dirty.popleft()
+                slot_bytes = self._spaces[int(self._index.rows[ids[0], NAMESPACE])].nbytes
+                count = max(1, nbytes_max // slot_bytes)
+                if len(ids) > count:
+                    dirty.appendleft(ids[count:])
+                    ids = ids[:count]
+                here = self._index.states(ids) == COMMITTED
+                self._settled(ids[~here], tier)
+                if here.any():
+                    ids = ids[here]
+                    return ids, self._spans(ids, self._index.rows[ids, SLOT])
+            return EMPTY, []
 
     def written(self, ids: Int32s, good: bool, tier: int) -> None:
         """Note that a tier has kept (or could not keep) blocks of `take_dirty`."""
@@ -435,12 +449,7 @@ class Store:
                 here = self._index.states(ids) == COMMITTED
                 self._index.add_tier(ids[here], tier)
                 dropped = [key.tobytes() for key in self._index.keys(ids[~here])]
-            nbytes = self._spaces[int(self._index.rows[ids[0], NAMESPACE])].nbytes
-            self._waiting_bytes[tier] -= len(ids) * nbytes
-            self._unlease(ids)
-            self._unwritten -= len(ids)
-            if not self._unwritten:
-                self._clean.notify_all()
+            self._settled(ids, tier)
         if dropped:
             self._tiers[tier].drop(dropped)
 
@@ -485,6 +494,7 @@ class Store:
             for run in _split(ids[first], prints[first], parents[first], nbytes):
                 self._policy.added(run, now)
             self._policy.held(ids[first])
+            self._transients.add(ids[first], self.arena.pages_of(nbytes))
             self._metrics.add("fetched_blocks", int(first.sum()), tier=self._tiers[tier].name)
 
     def corrupt(self, ids: Int32s, tier: int | None) -> None:
@@ -569,7 +579,7 @@ class Store:
                 "quarantined_blocks": self._fills.late
                 + sum(len(slots) for _, slots in self._quarantine.values()),
                 "unwritten_blocks": self._unwritten,
-                "index_bytes": self._index.nbytes + self._policy.nbytes,
+                "index_bytes": self._index.nbytes + self._policy.nbytes + self._transients.nbytes,
             }
 
     def check(self) -> None:
@@ -655,6 +665,38 @@ class Store:
                 takers.append(number)
         return takers
 
+    def _settled(self, ids: Int32s, tier: int) -> None:
+        """Note that blocks of one size wait for a tier no more."""
+        if not len(ids):
+            return
+        nbytes = self._spaces[int(self._index.rows[ids[0], NAMESPACE])].nbytes
+        self._waiting_bytes[tier] -= len(ids) * nbytes
+        self._unlease(ids)
+        self._unwritten -= len(ids)
+        if not self._unwritten:
+            self._clean.notify_all()
+
+    def _let_go(self, count: int, now: float) -> bool:
+        """Give up writing about so many blocks, those that have waited longest: tiers are too slow.
+
+        False where there are victims (which the policy would rather keep), or none waits but what
+        is being written.
+        """
+        found = False
+        if len(next(self._policy.victims(1, now), EMPTY)):
+            return found
+        for tier, dirty in enumerate(self._dirty):
+            if not dirty:
+                continue
+            ids = dirty.popleft()
+            if len(ids) > count:  # the last ones first: others continue from those before
+                dirty.appendleft(ids[:-count])
+                ids = ids[-count:]
+            self._metrics.add("write_skipped_blocks", len(ids), tier=self._tiers[tier].name)
+            self._settled(ids, tier)
+            found = True
+        return found
+
     def _reachable(self) -> int:
         """Return the bits of the tiers that are not left alone for failing."""
         return sum(1 << number for number, tier in enumerate(self._tiers) if not tier.away)
@@ -694,10 +736,14 @@ class Store:
         return Run(EMPTY, parent, keys.position + first, 0, keys.prints[indices[start:]])
 
     def _take(self, nbytes: int, count: int, now: float, incoming: Run | None = None) -> Slots:
+        """Take slots, for what is `incoming` or (None) for a fetch."""
         slots = self.arena.take(nbytes, count)
         if len(slots) == count:
             return slots
-        if self.arena.compact():
+        compacted = self.arena.compact()
+        if incoming is None:
+            compacted |= self._recycle(self.arena.pages_of(nbytes) * (count - len(slots)))
+        if compacted:
             slots = np.concatenate([slots, self.arena.take(nbytes, count - len(slots))])
         parts = [slots]
         missing = count - len(slots)
@@ -710,16 +756,35 @@ class Store:
             missing -= len(parts[-1])
             if not missing:
                 break
+        more = missing
         while missing:
             # Slots of other sizes were given up: their extents may be whole now, or more must go.
             victims = next(self._policy.victims(missing * slot_bytes, now, incoming), EMPTY)
-            if not len(victims):
+            if len(victims):
+                self._evict(victims)
+            elif incoming is not None and self._let_go(more, now):
+                more *= 2
+            else:
                 break
-            self._evict(victims)
             self.arena.compact()
             parts.append(self.arena.take(nbytes, missing))
             missing -= len(parts[-1])
         return np.concatenate(parts)
+
+    def _recycle(self, pages: int) -> bool:
+        """Give up what was fetched and not asked for again, for a fetch that is beyond the share.
+
+        Returns whether there was any.
+        """
+        share = self.arena.nbytes // PAGE_BYTES // TRANSIENT_SHARE
+        over = self._transients.pages + self._lent_pages + pages - share
+        if over <= 0 or not self._transients.pages:
+            return False
+        leases = self._index.rows[:, LEASES]
+        old = self._transients.oldest(min(over, pages), leases)
+        if len(old) and self._evict(old):
+            self.arena.compact()
+        return len(old) > 0
 
     def _evict(self, ids: Int32s, reason: str = "memory") -> bool:
         """Take victims out of memory. Returns whether their slots have several sizes."""
@@ -758,6 +823,7 @@ class Store:
         """Give entries' slots back to the arena. Returns whether they had several sizes."""
         if not len(ids):
             return False
+        self._transients.remove(ids)
         rows = self._index.rows
         slots = rows[ids, SLOT]
         numbers = rows[ids, NAMESPACE]

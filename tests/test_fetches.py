@@ -551,3 +551,32 @@ def test_loads_wait_for_their_share_of_memory(engine, tier, monkeypatch):
         tier.let_go()
     assert transfer.wait(rig.WAIT_S) and transfer.good.all() and is_right(target, range(BLOCKS))
     engine.check()
+
+
+def test_a_fetch_of_much_leaves_what_is_used_again(tmp_path):
+    """A prompt of many times the memory is read once: it recycles its own share."""
+    with kvengine.open(f"mem://?size=1M | file://{tmp_path}?size=64M") as engine:
+        names = rig.names(engine, OF)
+        often, once = (
+            names.keys(rig.prompt(count, OF, seed)) for seed, count in ((1, 20), (2, 120))
+        )
+        source, stream = rig.caches(OF, 20, 1), rig.caches(OF, 120, 2)
+        for at in range(0, 120, 20):
+            rig.save(engine, once[at : at + 20], stream, range(at, at + 20))
+            assert engine.flush(rig.WAIT_S)
+        engine.squeeze(0)
+        rig.save(engine, often, source)
+        assert engine.flush(rig.WAIT_S)
+        assert rig.check_right(engine, once, stream).all()
+        with engine.match(often) as lease:
+            assert lease.in_memory == 20, "what a fetch has pushed out"
+        # What is asked for again is one of those that stay, and free memory is for all.
+        engine.squeeze(0)
+        assert rig.check_right(engine, once[:40], stream).all()
+        for _ in range(2):
+            with engine.match(once[:40]) as lease:
+                assert lease.in_memory == 40
+        assert rig.check_right(engine, once[40:], stream, first=40).all()
+        with engine.match(once[:40]) as lease:
+            assert lease.in_memory >= 36
+        engine.check()
