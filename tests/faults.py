@@ -521,7 +521,8 @@ def kill_9(folder: Path, cycles: int, kind: Kind = DiskTier, seed: int = 0) -> F
     """A process writes, and is killed in the midst of it; the next opens what it left."""
     found, draw = Found(), random.Random(seed)
     blocks = Blocks(60, seed)
-    Scene(kind, SimDisk(), blocks).close()  # what is compiled once is no part of a recovery
+    # What is compiled, or loaded, once in a process is no part of a recovery.
+    Scene(kind, directory(kind, blocks, 2 * SLOTS), blocks).close()
     for cycle in range(cycles):
         if cycle % 50 == 0:
             shutil.rmtree(folder, ignore_errors=True)
