@@ -26,7 +26,10 @@ from kvengine.arena import Arena
 from kvengine.engine import Engine
 from kvengine.keys import ROOT_KEY, Namespace
 from kvengine.metrics import Metrics
+from kvengine.policy import NO_PARENT, Run
 from kvengine.policy.lru import LRU
+from kvengine.policy.retention import Retained
+from kvengine.shadow import Shadows
 from kvengine.store import Store
 
 row = partial(runner.row, "store")
@@ -38,6 +41,7 @@ LAYERS, HEADS, DIM = 32, 8, 128
 DRAWN = 1 << 22  # values that fill a cache, over and over
 RESIDENT = 1_000_000
 TABLES = 16
+SHADOWS = ("arc", "s3fifo", "windowed-lru", "adaptive")
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +58,8 @@ def run(options: argparse.Namespace) -> list[Row]:
     """Measure transfers, control and keys; or the tiers that are named."""
     if options.tier:
         return tiers.run(options)
-    return [*transfers(options.rounds), *control(options.rounds), *keys(options.rounds)]
+    rounds = options.rounds
+    return [*transfers(rounds), *control(rounds), *retention(rounds), *keys(rounds)]
 
 
 def transfers(rounds: int) -> list[Row]:
@@ -189,8 +194,11 @@ def control(rounds: int) -> list[Row]:
     gc.collect()
     gc.freeze()  # what the imports have made is not ours to count
     table = np.frombuffer(os.urandom(32 * RESIDENT), dtype=np.uint8).reshape(-1, 32)
+    shadows = Shadows(SHADOWS, 2 * RESIDENT, Metrics())
     for at in range(0, RESIDENT, 4096):
-        store.commit(store.reserve(names.keys_of(table[at : at + 4096].tobytes())))
+        filled = names.keys_of(table[at : at + 4096].tobytes())
+        store.commit(store.reserve(filled))
+        shadows.saved(filled, 2, 0.0)
     resident = store.stats()["blocks"]
     # The first tenth is what eviction takes while this runs.
     recent = table[RESIDENT // 10 :]
@@ -213,6 +221,16 @@ def control(rounds: int) -> list[Row]:
 
         return measure
 
+    def shadow() -> float:
+        made = [
+            names.keys_of(recent[random.integers(0, len(recent), 128)].tobytes())
+            for _ in range(TABLES)
+        ]
+        start = time.perf_counter()
+        for keys in made:
+            shadows.asked(keys, 128, 128, 2, None, lambda blocks: None, 1.0)
+        return (time.perf_counter() - start) / (128 * TABLES)
+
     def reserve() -> float:
         made = [names.keys_of(os.urandom(32 * 128)) for _ in range(TABLES)]
         start = time.perf_counter()
@@ -221,7 +239,13 @@ def control(rounds: int) -> list[Row]:
         return (time.perf_counter() - start) / (128 * TABLES)
 
     took = interleave(
-        {"match": match(128, TABLES), "reserve": reserve, "match8192": match(8192, 1)}, rounds
+        {
+            "match": match(128, TABLES),
+            "shadow": shadow,
+            "reserve": reserve,
+            "match8192": match(8192, 1),
+        },
+        rounds,
     )
     pauses = []
     for _ in range(max(9, rounds)):
@@ -242,8 +266,58 @@ def control(rounds: int) -> list[Row]:
             micro(took["match8192"]),
             matches=matches,
         ),
+        row(
+            f"{len(SHADOWS)} shadows of a match 1M",
+            "us_per_block",
+            "us",
+            micro(took["shadow"]),
+            bound=spread(took["match"]).p50 * 1e6,
+        ),
         row("index+lru 1M", "bytes_per_block", "bytes", Spread(nbytes, nbytes, nbytes, 1)),
         row("gc pause 1M", "ms", "ms", spread([seconds * 1e3 for seconds in pauses])),
+    ]
+
+
+def retention(rounds: int) -> list[Row]:
+    """Measure what callers ask for (levels, lives), with a million blocks that have both."""
+    policy, count = Retained(LRU()), 128
+    ones = np.ones(count, dtype=np.int32)
+    ids = np.random.default_rng(4).permutation(RESIDENT).astype(np.int32)
+    now = [0.0]
+
+    def put(entries: np.ndarray) -> None:
+        now[0] += 0.01
+        level = (40, 50, 60)[int(entries[0]) % 3]
+        policy.added(Run(entries, NO_PARENT, 0, 4096), now[0])
+        asked = ones[: len(entries)]
+        policy.keep(entries, asked, level, now[0] + 1e6, now[0] + 1e5, now[0])
+
+    for at in range(0, RESIDENT, count):
+        put(ids[at : at + count])
+
+    def match() -> float:
+        at = int(now[0] * 1e4) % (RESIDENT - TABLES * count)
+        start = time.perf_counter()
+        for first in range(at, at + TABLES * count, count):
+            entries = ids[first : first + count]
+            policy.held(entries)
+            policy.touched(Run(entries, NO_PARENT, 0, 4096), now[0])
+            policy.freed(entries)
+            now[0] += 0.01
+        return (time.perf_counter() - start) / (TABLES * count)
+
+    def replace() -> float:
+        start = time.perf_counter()
+        for _ in range(TABLES):
+            for gone in policy.victims(count * 4096, now[0]):
+                policy.removed(gone)
+                put(gone)
+        return (time.perf_counter() - start) / (TABLES * count)
+
+    took = interleave({"match": match, "put": replace}, rounds)
+    return [
+        row("retention of a match 1M", "us_per_block", "us", micro(took["match"]), 1.0),
+        row("retention of a put 1M", "us_per_block", "us", micro(took["put"]), 1.0),
     ]
 
 

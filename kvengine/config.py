@@ -193,6 +193,17 @@ def _policy(value: object) -> str:
     return check_name(value)
 
 
+def _policies(value: object) -> tuple[str, ...]:
+    given = [name for name in value.split(",") if name] if isinstance(value, str) else value
+    if not isinstance(given, (list, tuple)):
+        raise ValueError
+    return tuple(dict.fromkeys(check_name(name) for name in given))
+
+
+def _record(value: object) -> str:
+    return "" if value == "" else _path(value)
+
+
 def _secret(value: object) -> Secret | None:
     if value is None:
         return None
@@ -265,6 +276,8 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "objects.timeout_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
         "objects.connections": Setting(_threads, "a number of connections from 1 to 256"),
         "policy": Setting(_policy, f"the name of a policy: {', '.join(POLICIES)}"),
+        "shadow": Setting(_policies, f"names of policies, as in arc,s3fifo: {', '.join(POLICIES)}"),
+        "record": Setting(_record, "the path of a file, or nothing"),
     }
 )
 HIDDEN = ("secret", "valkey.password", "objects.secret_key")
@@ -285,6 +298,8 @@ QUERIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "find_s": "find_s",
             "fetch_s": "fetch_s",
             "policy": "policy",
+            "shadow": "shadow",
+            "record": "record",
         },
         "file": {
             "size": "disk.size_bytes",
@@ -410,6 +425,9 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     copies between them need no staging; where that fails it is counted, and memory works as it is.
     `find_s` is how long a look-up may wait for the answer of remote tiers, `fetch_s` how long a
     load may wait for what it reads from tiers.
+    `shadow` names policies that are run beside `policy` on metadata alone, on a sample of the
+    blocks: `Engine.shadows` says what each would have hit. `record` is a file that what `match` is
+    asked for is written to, as a trace of hashes.
     `secret` keys the block keys: two engines share blocks only where it is the same; it may be
     given as hex or as the path of a file, and is never printed.
     Raises ConfigError, naming what was given, what was expected and what to do.
@@ -429,6 +447,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     find_s: float = 0.1
     fetch_s: float = 60.0
     policy: str = "lru"
+    shadow: tuple[str, ...] = ()
+    record: str = ""
 
     def __post_init__(self) -> None:
         for name, kind in SECTIONS.items():

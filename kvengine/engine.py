@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvengine import arrays
 from kvengine.adapters.array import Export, export
@@ -27,6 +28,7 @@ from kvengine.compiled import Int32s, Int64s
 from kvengine.config import Config
 from kvengine.errors import ClosedError, ConfigError, LayoutError
 from kvengine.fetches import Fetches
+from kvengine.frame import PAGE_BYTES
 from kvengine.kernels import launch
 from kvengine.keys import FORMAT_VERSION, BlockKeys, Identity, Namespace
 from kvengine.layout import Layout
@@ -43,6 +45,7 @@ from kvengine.prefetch import prefetch
 from kvengine.record import Recorder
 from kvengine.retention import Retention, check_seconds
 from kvengine.save import Save
+from kvengine.shadow import Computing, Shadowed, Shadows
 from kvengine.store import Store, exercise
 from kvengine.tenants import DEFAULT, Tenants
 from kvengine.tiers import Tier
@@ -101,6 +104,7 @@ class Engine:
         self._finder = Finder(self._tiers, time.monotonic, config.find_s)
         self._costs = Costs()
         self._recorder: Recorder | None = None
+        self._shadows: Shadows | None = None  # once their loops are compiled
         self._pins = Pins(arena.nbytes // SOFT_SHARE, time.monotonic, self._store.unpin)
         self._ttl_s: dict[int, float] = {}  # of namespaces, by number
         self._pin: Pin | None = None
@@ -110,6 +114,12 @@ class Engine:
         )
         self._leave = _watch(self)
         self._populating.start()
+        if config.record:
+            try:
+                self.record(config.record)
+            except ConfigError:
+                self.close()
+                raise
 
     def __enter__(self) -> Engine:
         return self
@@ -232,6 +242,16 @@ class Engine:
                 self.metrics.add("hit_blocks", int((away == number).sum()), tier=name)
         if lease.blocks and self._costs.active:
             self._plan(lease, homes, split)
+        if self._shadows is not None:
+            self._shadows.asked(
+                keys,
+                lease.in_memory,
+                lease.blocks,
+                self._pages(keys.namespace),
+                request,
+                self._computing(keys.namespace),
+                time.monotonic(),
+            )
         return lease
 
     def observe_prefill(
@@ -293,6 +313,8 @@ class Engine:
             return self._refuse(transfer)
         if self._costs.active and self._tiers:
             self._spare(keys.namespace)
+        if self._shadows is not None:
+            self._shadows.saved(keys, self._pages(keys.namespace), time.monotonic())
         parts = (self._store, self._transfers, self._finder, self.metrics, self._saved)
         asked = self._asked(keys.namespace, retention)
         group = None if whole else fill
@@ -534,7 +556,19 @@ class Engine:
             "tier_failures",
         ):
             stats[name] = int(self.metrics.get(name))
+        for policy, seen in self.shadows().items():
+            stats["shadow_lookup_blocks"] = seen.lookup_blocks
+            stats[f"shadow_{policy}_hit_blocks"] = seen.hit_blocks
+            stats[f"shadow_{policy}_saved_prefill_s"] = int(seen.saved_prefill_s)
         return stats
+
+    def shadows(self) -> dict[str, Shadowed]:
+        """Return what each policy of the setting `shadow` would have hit so far, by its name.
+
+        Under "live" stands what memory has hit, of the same sample. Empty without that setting, and
+        until the loops of the policies are compiled.
+        """
+        return {} if self._shadows is None else self._shadows.seen()
 
     def warm(self, timeout_s: float | None = None) -> bool:
         """Wait until kernels are loaded and the arena's memory is backed. False: not in time."""
@@ -573,7 +607,7 @@ class Engine:
         if self._detached or self._closed:
             return
         self._detached = True
-        self._recorder = None  # its file is the parent's
+        self._recorder = self._shadows = None  # its file and their lock are the parent's
         self.metrics = Metrics()  # a lost thread may hold the locks of the other
         self._store.detach()
         self._transfers.detach()
@@ -629,7 +663,11 @@ class Engine:
         try:
             launch.choose(None)
             launch.coders(None)
-            exercise(lambda: policy_of(self.config.policy))
+            for name in dict.fromkeys((self.config.policy, *self.config.shadow)):
+                exercise(partial(policy_of, name))
+            if self.config.shadow:
+                pages = self._store.arena.nbytes // PAGE_BYTES
+                self._shadows = Shadows(self.config.shadow, pages, self.metrics)
         finally:
             self._ready.set()
         self._store.arena.populate()
@@ -740,6 +778,20 @@ class Engine:
         if tier.remote or disk is None:
             return 0, 0
         return int(disk.clean_low * nbytes), int(disk.clean_high * nbytes)
+
+    def _pages(self, namespace: Namespace) -> int:
+        """Return how many pages of memory a block takes."""
+        return self._store.arena.pages_of(self._store.frame_bytes(namespace.number))
+
+    def _computing(self, namespace: Namespace) -> Computing:
+        """Return what computing the first so many blocks of a prompt takes."""
+        tokens = namespace.layout.block_tokens
+
+        def until(blocks: Int64s) -> NDArray[np.float64] | None:
+            active = self._costs.active
+            return self._costs.prefill_s(_model(namespace), tokens * blocks) if active else None
+
+        return until
 
     def _pump(self) -> None:
         """Give every tier the next committed blocks."""

@@ -71,6 +71,17 @@ def test_url_says_memory_and_disk():
     assert config.disk == disk
 
 
+def test_shadows_and_a_recording():
+    config = parse_url("mem://?shadow=arc,s3fifo,arc&record=/tmp/asked.jsonl")
+    assert (config.shadow, config.record) == (("arc", "s3fifo"), "/tmp/asked.jsonl")
+    assert Config(shadow=["ttl"]).shadow == ("ttl",)
+    assert Config(shadow="").shadow == ()
+    with pytest.raises(ConfigError, match=r"shadow \(url\): given 'arg', did you mean 'arc'"):
+        parse_url("mem://?shadow=lru,arg")
+    with pytest.raises(ConfigError, match="expected names of policies, as in arc,s3fifo"):
+        Config(shadow=3)
+
+
 def test_url_says_remote_tiers():
     secret = {"secret": HEX}
     url = "mem:// | redis://me:p%40ss@[::1]:7000/3?ttl_s=60&prefix=kv/&connections=4&timeout_s=2"
@@ -246,6 +257,8 @@ def test_every_setting_can_come_from_the_environment():
         "KVENGINE_FIND_S": "0.5",
         "KVENGINE_FETCH_S": "3",
         "KVENGINE_POLICY": "lru",
+        "KVENGINE_SHADOW": "arc,s3fifo",
+        "KVENGINE_RECORD": "/trace.jsonl",
         "KVENGINE_VALKEY_HOST": "h",
         "KVENGINE_VALKEY_PORT": "7000",
         "KVENGINE_VALKEY_DB": "0",
@@ -280,6 +293,8 @@ def test_every_setting_can_come_from_the_environment():
         reservation_s=2.0,
         find_s=0.5,
         fetch_s=3.0,
+        shadow=("arc", "s3fifo"),
+        record="/trace.jsonl",
         valkey=Valkey(
             host="h",
             port=7000,
