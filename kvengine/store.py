@@ -271,6 +271,8 @@ class Store:
 
     def retaining(self) -> Retained:
         """Have the policy heed what callers ask for, of blocks that come from now on."""
+        if not isinstance(self._policy, Retained):
+            exercise(Retained)  # not under the lock: loops may have to be compiled
         with self._lock:
             if not isinstance(self._policy, Retained):
                 self._policy = Retained(self._policy)
@@ -988,6 +990,10 @@ def _exercise(policy: Policy) -> None:
         policy.added(run, float(second))
         policy.removed(ids)
     policy.added(run, 64.0)
+    if isinstance(policy, Retained):
+        policy.keep(ids, np.ones(len(ids), dtype=np.int32), 60, 65.0, 66.0, 64.0)
+        policy.expect(ids, 65.0, 64.0)
+        policy.end(ids, 65.0)
     policy.held(ids)
     policy.freed(index.unlease(ids))
     list(policy.expired(64.0))

@@ -10,6 +10,7 @@ import kvengine
 import rig
 import test_policy
 from kvengine.errors import ConfigError
+from kvengine.policy import retention
 from kvengine.policy.adaptive import Adaptive
 from kvengine.policy.lru import LRU
 from kvengine.policy.retention import NEVER, USUAL, Retained
@@ -75,8 +76,11 @@ class Asked(Conformance):
     def teardown(self):
         super().teardown()
         policy = self.policy
-        assert policy._timed == 0 and not any(policy._ready.values())
-        assert not any(policy._flags) and len(policy._alarms) <= 64
+        nodes = policy._nodes.reshape(-1, retention.WIDTH)
+        ends = np.arange(retention.LEVELS)
+        assert policy._alarms == 0 and (policy._places == -1).all()
+        assert (nodes[: retention.LEVELS, : retention.PARENT] == ends[:, None]).all()
+        assert not nodes[retention.LEVELS :, retention.FLAGS].any()
 
 
 @pytest.mark.parametrize("inner", [LRU, Adaptive])
@@ -164,7 +168,8 @@ def test_alarms_are_bounded():
     policy.added(run(0), 0.0)
     for second in range(1000):
         keep(policy, 0, over=1e6 + second)
-    assert len(policy._alarms) < 100 and expired(policy, 1e6 + 998) == []
+    assert policy._alarms == 1 and expired(policy, 1e6 + 998) == []
+    assert expired(policy, 1e6 + 999) == [0] and policy._alarms == 0
 
 
 @pytest.mark.parametrize(
