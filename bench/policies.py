@@ -19,11 +19,12 @@ from types import MappingProxyType
 import numpy as np
 
 from bench.runner import Row, interleave, share, spread
+from kvengine.formats import read
 from kvengine.policy import NO_PARENT, Policy, Run
 from kvengine.policy.adaptive import Adaptive
 from kvengine.policy.lru import LRU
 from kvengine.policy.named import POLICIES
-from kvengine.trace import Trace, optimum, read, simulate
+from kvengine.trace import Trace, optimum, simulate
 
 TRACES = Path(__file__).resolve().parent.parent.parent / "shared" / "traces"
 BLOCK_TOKENS = 512

@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -18,6 +18,9 @@ from rich.table import Table
 
 from kvengine import __version__
 from kvengine.errors import ConfigError, KVEngineError
+
+if TYPE_CHECKING:
+    from kvengine.trace import Trace as Requests
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
 PACKAGES = ("numpy", "pyzmq", "numba", "torch", "jax", "triton", "transformers", "vllm")
@@ -145,9 +148,18 @@ def check(url: Url = None, /, *, file: File = None, settings: Settings = None) -
     return 0
 
 
-Trace = Annotated[Path, Parameter(help="A trace: .npz, or JSON lines of Mooncake, Qwen-Bailian.")]
+Trace = Annotated[
+    Path,
+    Parameter(
+        help="A trace: .npz; JSON lines of Mooncake, Qwen-Bailian, LMCache or vLLM's KV events; "
+        "LMCache's .lct; a .json file, or a folder of them, of kv-cache-tester."
+    ),
+]
 BlockTokens = Annotated[
-    int | None, Parameter(help="Tokens that one hash of JSON lines covers, if not the usual.")
+    int | None, Parameter(help="Tokens that one hash covers, if the file does not say.")
+]
+Window = Annotated[
+    float, Parameter(help="Seconds over which sessions of kv-cache-tester begin, at random.")
 ]
 
 
@@ -162,25 +174,41 @@ def simulate(
     ] = "2%,5%,10%,25%",
     scored: Annotated[float, Parameter(help="Share of the requests that counts, the last.")] = 0.4,
     block_tokens: BlockTokens = None,
+    window: Window = 0.0,
     coarsen: Annotated[int, Parameter(help="Join so many blocks to one.")] = 1,
+    model: Annotated[
+        str | None, Parameter(help="Count seconds of this model's prefill, as in llama-3-8b.")
+    ] = None,
+    tiers: Annotated[
+        str | None, Parameter(help="Tiers below memory, the fastest first: nvme=20%,s3=100%.")
+    ] = None,
     svg: Annotated[Path | None, Parameter(help="Draw the curves into this file.")] = None,
     as_json: Json = False,
 ) -> int:
-    """Play a trace against policies at several capacities, LRU and the optimum beside them."""
+    """Play a trace against policies at several capacities, LRU and the optimum beside them.
+
+    With --model (llama-3-8b, llama-3-70b, qwen3-30b-a3b, deepseek-v3) it says what share of the
+    seconds of prefill is saved, with --tiers (dram, nvme, 25gbe, s3) by tiers below memory too.
+    """
     from dataclasses import asdict
 
     from rich.progress import track
 
-    from kvengine import curves, trace
+    from kvengine import curves
 
     policies = curves.names(policy)
-    played = trace.read(file, block_tokens).coarsened(coarsen)
+    played = _read_trace(file, block_tokens, window).coarsened(coarsen)
     blocks = curves.capacities(capacity, played)
     console = Console(stderr=True)
     points: list[curves.Point] = []
     hidden = not sys.stderr.isatty()
+    costs = curves.model_of(model or "llama-3-8b") if model or tiers else None
+    below = curves.below(tiers, played) if tiers else []
     for each in track(blocks, "simulating", console=console, transient=True, disable=hidden):
-        points += curves.table(played, policies, [each], scored)
+        if costs is None:
+            points += curves.table(played, policies, [each], scored)
+        else:
+            points += curves.tiers_table(played, policies, each, below, costs, scored)
     if svg is not None:
         try:
             svg.write_text(curves.svg(points, file.name), encoding="utf-8")
@@ -189,22 +217,85 @@ def simulate(
     if as_json:
         print(json.dumps([asdict(point) for point in points]))
         return 0
-    table = Table("policy", "blocks", "% of unique", "hit ratio", "gap closed", box=None)
+    last = ("gap closed",) if costs is None else ("in memory", "prefill saved", "seconds")
+    table = Table("policy", "blocks", "% of unique", "hit ratio", *last, box=None)
     for point in points:
-        gap = "" if point.gap_closed is None else f"{100 * point.gap_closed:.1f} %"
-        share = f"{100 * point.share:.3g}"
-        table.add_row(point.policy, str(point.blocks), share, f"{point.hit_ratio:.4f}", gap)
+        row = [point.policy, str(point.blocks), f"{100 * point.share:.3g}"]
+        row.append(f"{point.hit_ratio:.4f}")
+        if point.saved_share is not None:
+            row += [f"{point.memory_ratio:.4f}", f"{100 * point.saved_share:.1f} %"]
+            row.append(f"{point.saved_s:.1f}")
+        elif point.gap_closed is not None:
+            row.append(f"{100 * point.gap_closed:.1f} %")
+        table.add_row(*row)
     _console().print(table)
     return 0
 
 
 @traces.command
-def convert(file: Trace, to: Path, /, *, block_tokens: BlockTokens = None) -> int:
-    """Write a trace in another format: .npz (a prefix tree), or .jsonl (Mooncake's lines)."""
-    from kvengine import curves, trace
+def replay(
+    file: Trace,
+    url: Url = None,
+    /,
+    *,
+    settings: Settings = None,
+    model: Annotated[str, Parameter(help="Whose seconds of prefill are counted.")] = "llama-3-8b",
+    block_size: Annotated[str, Parameter(help="Bytes of a block, as in 64K.")] = "64K",
+    speed: Annotated[float, Parameter(help="Times the trace's own; 0: as fast as it goes.")] = 0.0,
+    clients: Annotated[int, Parameter(help="Requests that are under way at a time.")] = 1,
+    requests: Annotated[int | None, Parameter(help="The first so many requests alone.")] = None,
+    block_tokens: BlockTokens = None,
+    window: Window = 0.0,
+    as_json: Json = False,
+) -> int:
+    """Play a trace against an engine, with real saves and loads of made-up blocks.
 
-    read = trace.read(file, block_tokens)
-    curves.write(read, to)
+    Exit 1 where a block was wrong. With shadow=... in the URL it says what other policies would
+    have hit.
+    """
+    from dataclasses import asdict
+
+    from rich.progress import Progress
+
+    from kvengine import curves, replay
+    from kvengine.config import Config, size_bytes
+    from kvengine.engine import Engine
+
+    costs = curves.model_of(model)
+    try:
+        nbytes = size_bytes(block_size)
+    except ValueError:
+        raise ConfigError(f"--block-size {block_size}: expected bytes, as in 64K") from None
+    played = _read_trace(file, block_tokens, window)
+    if requests is not None:
+        played = played.first(max(0, min(requests, played.requests)))
+    hidden = not sys.stderr.isatty()
+    with Engine(Config.load(url, options=_options(settings))[0]) as engine:
+        engine.warm()
+        with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
+            task = bar.add_task("replaying", total=played.requests)
+            found = replay.replay(
+                engine, played, costs, block_bytes=nbytes, speed=speed, clients=clients,
+                progress=lambda done: bar.update(task, completed=done),
+            )  # fmt: skip
+        shadows = {name: seen.hit_ratio for name, seen in engine.shadows().items()}
+    facts = {**asdict(found), "hit_ratio": found.hit_ratio, "shadows": shadows}
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        _show_replay(facts)
+    return CHECK_FAILED if found.wrong_blocks else 0
+
+
+@traces.command
+def convert(
+    file: Trace, to: Path, /, *, block_tokens: BlockTokens = None, window: Window = 0.0
+) -> int:
+    """Write a trace in another format: .npz (a prefix tree), or .jsonl (Mooncake's lines)."""
+    from kvengine import formats
+
+    read = _read_trace(file, block_tokens, window)
+    formats.write(read, to)
     print(f"{to}: {read.requests} requests, {read.unique} blocks of {read.block_tokens} tokens")
     return 0
 
@@ -305,6 +396,36 @@ def _walk(directory: Path, mend: bool, rate: str | None, as_json: bool) -> int:
     return 0 if found.whole else CHECK_FAILED
 
 
+def _read_trace(file: Path, block_tokens: int | None, window_s: float) -> "Requests":
+    from rich.progress import Progress
+
+    from kvengine import formats
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(f"reading {escape(file.name)}", total=None)
+        return formats.read(
+            file,
+            block_tokens,
+            window_s=window_s,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+
+def _show_replay(facts: Mapping[str, object]) -> None:
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            for inner, each in value.items():
+                shown = f"{each:.4f}" if isinstance(each, float) else ""
+                if isinstance(each, Mapping):
+                    shown = "  ".join(f"{key} {number:.4g}" for key, number in each.items())
+                table.add_row(f"{name} {inner}", shown)
+        else:
+            table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
+    _console().print(table)
+
+
 def _options(settings: list[str] | None) -> Mapping[str, object]:
     """Read ["memory_bytes=4G", …]; raises ConfigError for one without a name or a value."""
     options: dict[str, object] = {}
@@ -325,6 +446,8 @@ def _value(value: object) -> str:
         for unit in "TGM":
             if value and value % UNITS[unit] == 0:
                 return f"{value} ({value // UNITS[unit]}{unit})"
+    if isinstance(value, tuple):
+        return ",".join(value)
     return "" if value is None else str(value)
 
 

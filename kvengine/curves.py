@@ -1,4 +1,4 @@
-"""What policies make of a trace at several capacities: a table, curves as SVG, and other formats.
+"""What policies make of a trace at several capacities: a table, and curves as SVG.
 
 Called by `kvengine trace`. Hits count over the last part of the requests alone, so that what a
 policy learns from the first part is not scored.
@@ -6,19 +6,23 @@ policy learns from the first part is not scored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TypeVar
 from xml.sax.saxutils import escape
 
-import msgspec
 import numpy as np
 
-from kvengine.errors import ConfigError, TraceError
+from kvengine.costs import MODELS, PLACES, Model, Place
+from kvengine.errors import ConfigError
 from kvengine.policy import UnknownPolicy
 from kvengine.policy.named import check_name, policy_of
+from kvengine.tiered import Below, play
 from kvengine.trace import Trace, optimum, simulate
 
+Known = TypeVar("Known", Model, Place)
 OPT = "opt"
 COLORS = ("#1f6feb", "#d1242f", "#1a7f37", "#9a6700", "#8250df", "#bf3989", "#57606a")
 WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 420, 64, 32, 150, 52
@@ -26,7 +30,12 @@ WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 720, 420, 64, 32, 150, 52
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One policy at one capacity. `gap_closed`: from LRU (0) to the optimum (1); None: no gap."""
+    """One policy at one capacity of memory.
+
+    `gap_closed`: from LRU (0) to the optimum (1); None: no gap, or not asked. With tiers
+    `hit_ratio` is that of memory and tiers together, `memory_ratio` that of memory alone;
+    `saved_share` and `saved_s` are what was saved of the seconds of computing.
+    """
 
     policy: str
     blocks: int
@@ -34,6 +43,9 @@ class Point:
     hit_ratio: float
     gap_closed: float | None
     accesses_s: float
+    memory_ratio: float | None = None
+    saved_share: float | None = None
+    saved_s: float | None = None
 
 
 def names(text: str) -> list[str]:
@@ -46,25 +58,48 @@ def names(text: str) -> list[str]:
 
 def capacities(text: str, trace: Trace) -> list[int]:
     """Read "2%,500": shares of the unique blocks, or numbers of blocks, as numbers of blocks."""
+    return [_capacity("--capacity", part.strip(), trace) for part in text.split(",")]
+
+
+def below(text: str, trace: Trace) -> list[Below]:
+    """Read "nvme=20%,s3=100%": tiers below memory, the fastest first, and their capacities."""
     found = []
     for part in text.split(","):
-        given = part.strip()
-        try:
-            number = float(given.removesuffix("%"))
-            blocks = int(number * trace.unique / 100 if given.endswith("%") else number)
-        except (ValueError, OverflowError):
-            raise ConfigError(
-                f"--capacity {given}: expected a share of the unique blocks as in 2%, or a number "
-                "of blocks"
-            ) from None
-        longest = int(np.diff(trace.offsets).max(initial=1))
-        if blocks < 1:
-            raise ConfigError(
-                f"--capacity {given} is {blocks} of {trace.unique} unique blocks: expected at "
-                f"least 1 block; the longest request has {longest}"
-            )
-        found.append(blocks)
+        name, _, room = part.strip().partition("=")
+        place = _chosen("--tiers", name, PLACES)
+        found.append(Below(place, _capacity(f"--tiers {name}", room, trace)))
     return found
+
+
+def model_of(name: str) -> Model:
+    """Return the costs of a model, by its name. Raises ConfigError, with the nearest name."""
+    return _chosen("--model", name, MODELS)
+
+
+def _chosen(option: str, name: str, known: Mapping[str, Known]) -> Known:
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(f"{option} {name}: {hint}expected one of {', '.join(known)}")
+    return known[name]
+
+
+def _capacity(option: str, given: str, trace: Trace) -> int:
+    try:
+        number = float(given.removesuffix("%"))
+        blocks = int(number * trace.unique / 100 if given.endswith("%") else number)
+    except (ValueError, OverflowError):
+        raise ConfigError(
+            f"{option} {given}: expected a share of the unique blocks as in 2%, or a number "
+            "of blocks"
+        ) from None
+    if blocks < 1:
+        longest = int(np.diff(trace.offsets).max(initial=1))
+        raise ConfigError(
+            f"{option} {given} is {blocks} of {trace.unique} unique blocks: expected at "
+            f"least 1 block; the longest request has {longest}"
+        )
+    return blocks
 
 
 def table(
@@ -77,9 +112,7 @@ def table(
 
     scored: the share of the requests, from the end, whose hits count.
     """
-    if not 0 < scored <= 1:
-        raise ConfigError(f"--scored {scored}: expected a share above 0, up to 1")
-    score_from = int(trace.requests * (1 - scored))
+    score_from = scored_from(trace, scored)
     points = []
     for capacity in blocks:
         found = {}
@@ -97,10 +130,40 @@ def table(
     return points
 
 
+def scored_from(trace: Trace, scored: float) -> int:
+    """Return the first request that counts. Raises ConfigError for what is no share."""
+    if not 0 < scored <= 1:
+        raise ConfigError(f"--scored {scored}: expected a share above 0, up to 1")
+    return int(trace.requests * (1 - scored))
+
+
+def tiers_table(
+    trace: Trace,
+    policies: Sequence[str],
+    capacity: int,
+    tiers: Sequence[Below],
+    model: Model,
+    scored: float,
+) -> list[Point]:
+    """Play every policy with so much memory and tiers below it, at a model's costs."""
+    score_from = scored_from(trace, scored)
+    share, points = capacity / max(1, trace.unique), []
+    for name in dict.fromkeys(["lru", *policies]):
+        start = time.perf_counter()
+        found = play(trace, policy_of(name), capacity, tiers, model, score_from)
+        rate = len(trace.nodes) / max(time.perf_counter() - start, 1e-9)
+        memory = found.memory_hits / max(1, found.accesses)
+        seconds = (memory, found.saved_share, found.saved_s)
+        points.append(Point(name, capacity, share, found.hit_ratio, None, rate, *seconds))
+    return points
+
+
 def svg(points: Sequence[Point], title: str) -> str:
-    """Draw hit ratio over capacity (logarithmic), one line a policy."""
+    """Draw hit ratio, or what was saved if known, over capacity (logarithmic), a line a policy."""
+    values = {p: p.hit_ratio if p.saved_share is None else max(0.0, p.saved_share) for p in points}
+    what = "hit ratio" if points[0].saved_share is None else "share of prefill saved"
     low, high = min(p.share for p in points), max(p.share for p in points)
-    top = max(0.01, max(p.hit_ratio for p in points))
+    top = max(0.01, max(values.values()))
     span = float(np.log(high / low)) or 1.0
     right, bottom = WIDTH - RIGHT, HEIGHT - BOTTOM
 
@@ -117,7 +180,7 @@ def svg(points: Sequence[Point], title: str) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
         'font-family="sans-serif" font-size="12" fill="#24292f">',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-        text((LEFT + right) / 2, 20, f"{title}: hit ratio by capacity"),
+        text((LEFT + right) / 2, 20, f"{title}: {what} by capacity"),
         text((LEFT + right) / 2, HEIGHT - 12, "capacity, % of the unique blocks"),
     ]
     for step in range(6):
@@ -128,7 +191,7 @@ def svg(points: Sequence[Point], title: str) -> str:
         lines.append(text(across(share), bottom + 18, f"{100 * share:.3g}"))
     for number, name in enumerate(dict.fromkeys(p.policy for p in points)):
         color = COLORS[number % len(COLORS)]
-        mine = sorted((p.share, p.hit_ratio) for p in points if p.policy == name)
+        mine = sorted((p.share, values[p]) for p in points if p.policy == name)
         path = " ".join(f"{across(share):.1f},{down(ratio):.1f}" for share, ratio in mine)
         lines.append(f'<polyline points="{path}" stroke="{color}" stroke-width="2" fill="none"/>')
         lines += [
@@ -140,55 +203,3 @@ def svg(points: Sequence[Point], title: str) -> str:
         lines.append(f'<path d="{mark}" stroke="{color}" stroke-width="2"/>')
         lines.append(text(right + 46, y + 4, name, "start"))
     return "\n".join([*lines, "</svg>"]) + "\n"
-
-
-def write(trace: Trace, path: Path) -> None:
-    """Write a trace as a prefix tree (.npz), or as Mooncake's lines (.jsonl, which know no stop).
-
-    Raises TraceError for another ending, or where the file cannot be written.
-    """
-    try:
-        if path.suffix == ".npz":
-            _write_tree(trace, path)
-        elif path.suffix == ".jsonl":
-            _write_lines(trace, path)
-        else:
-            raise TraceError(f"{path}: expected a name that ends in .npz or .jsonl")
-    except OSError as error:
-        raise TraceError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-def _write_lines(trace: Trace, path: Path) -> None:
-    encoder = msgspec.json.Encoder()
-    with path.open("wb") as stream:
-        for request in range(trace.requests):
-            blocks = trace.path(request).tolist()
-            line = {
-                "timestamp": round(1000 * float(trace.seconds[request]), 3),
-                "input_length": len(blocks) * trace.block_tokens,
-                "output_length": max(0, int(trace.output_tokens[request])),
-                "hash_ids": blocks,
-            }
-            stream.write(encoder.encode(line) + b"\n")
-
-
-def _write_tree(trace: Trace, path: Path) -> None:
-    counts = np.diff(trace.offsets)
-    firsts = trace.offsets[:-1][counts > 0]
-    above = np.concatenate([[-1], trace.nodes[:-1]]).astype(np.int64)[: len(trace.nodes)]
-    above[firsts] = -1
-    parents = np.full(trace.unique, -1, dtype=np.int64)
-    parents[trace.nodes] = above
-    leaves = np.full(trace.requests, -1, dtype=np.int32)
-    leaves[counts > 0] = trace.nodes[trace.offsets[1:][counts > 0] - 1]
-    np.savez_compressed(
-        path,
-        parent_delta=(np.arange(trace.unique) - 1 - parents).astype(np.int32),
-        leaf=leaves,
-        nblk=counts.astype(np.int32),
-        t_ms=np.rint(1000 * trace.seconds).astype(np.int64),
-        in_tok=(counts * trace.block_tokens).astype(np.int64),
-        out_tok=trace.output_tokens,
-        stop=trace.stops,
-        block_tokens=np.array(trace.block_tokens),
-    )

@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from kvengine import cli, curves, trace
+from kvengine import cli, curves, formats, trace
 
 REQUESTS = 200
 
@@ -47,7 +47,7 @@ def test_simulate(lines, tmp_path, capsys):
     assert cli.run([*arguments, "--svg", str(svg), "--json"]) == 0
     points = json.loads(capsys.readouterr().out)
     assert [point["policy"] for point in points] == ["lru", "s3fifo", "opt"] * 2
-    read = trace.read(lines)
+    read = formats.read(lines)
     assert {point["blocks"] for point in points} == {int(read.unique * 0.05), 60}
     for point in points:
         score_from = int(REQUESTS * 0.6)
@@ -66,11 +66,11 @@ def test_simulate(lines, tmp_path, capsys):
 
 @pytest.mark.parametrize("steps", [["a.npz"], ["a.jsonl"], ["a.npz", "b.jsonl", "c.npz"]])
 def test_convert_keeps_what_is_played(lines, tmp_path, capsys, steps):
-    source, before = lines, trace.read(lines)
+    source, before = lines, formats.read(lines)
     for name in steps:
         assert cli.run(["trace", "convert", str(source), str(tmp_path / name)]) == 0
         source = tmp_path / name
-    after = trace.read(source)
+    after = formats.read(source)
     assert after.block_tokens == before.block_tokens and after.unique == before.unique
     np.testing.assert_array_equal(after.offsets, before.offsets)
     np.testing.assert_array_equal(after.seconds, before.seconds)

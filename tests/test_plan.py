@@ -172,8 +172,8 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def test_planning_saves_no_less_than_always_fetching(bench):
     requests, better = bench.sessions(200, seed=1), 0
-    for model in bench.MODELS:
-        for place in bench.PLACES:
+    for model in bench.MODELS.values():
+        for place in bench.PLACES.values():
             ours, theirs = (
                 bench.play(requests, model, place, plans=plans, seed=1).saved_s
                 for plans in (True, False)

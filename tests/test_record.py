@@ -6,7 +6,7 @@ import pytest
 
 import kvengine
 import rig
-from kvengine import trace
+from kvengine import formats
 from kvengine.errors import ConfigError
 
 OF = rig.layout()
@@ -23,10 +23,19 @@ def test_what_is_asked_is_recorded(tmp_path: Path):
         engine.match(names.keys(rig.prompt(4, OF))[2:]).release()  # a later part: left out
         engine.record(None)
         engine.match(names.keys(rig.prompt(1, OF))).release()
-    read = trace.read(path, OF.block_tokens)
+    read = formats.read(path, OF.block_tokens)
     assert [len(read.path(request)) for request in range(read.requests)] == [3, 5, 2, 0, 4]
     assert read.unique == 9 and path.stat().st_mode & 0o777 == 0o600
     assert read.path(1)[:3].tolist() == read.path(0).tolist()
+
+
+def test_a_recording_that_the_url_names(tmp_path: Path):
+    path = tmp_path / "asked.jsonl"
+    with kvengine.open(f"mem://?size=1M&record={path}") as engine:
+        engine.match(rig.names(engine, OF).keys(rig.prompt(3, OF))).release()
+    assert formats.read(path, OF.block_tokens).unique == 3
+    with pytest.raises(ConfigError, match="cannot be made"):
+        kvengine.open(f"mem://?size=1M&record={tmp_path}/no/asked.jsonl")
 
 
 def test_a_recording_has_a_limit(tmp_path: Path):
@@ -38,7 +47,7 @@ def test_a_recording_has_a_limit(tmp_path: Path):
             engine.match(keys).release()
     sizes = [file.stat().st_size for file in tmp_path.iterdir()]
     assert len(sizes) == 2 and max(sizes) <= 1000
-    assert trace.read(path, OF.block_tokens).unique == 5
+    assert formats.read(path, OF.block_tokens).unique == 5
 
 
 def test_a_file_that_cannot_be_made_is_said(tmp_path: Path):

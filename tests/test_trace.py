@@ -1,6 +1,5 @@
-"""kvengine.trace: read what is there, say what is not, and play it as a store would."""
+"""kvengine.trace: play a trace as a store would, and as the optimum would."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ import kvengine
 import rig
 from kvengine.arena import Arena
 from kvengine.errors import TraceError
+from kvengine.formats import read
 from kvengine.frame import PAGE_BYTES, frame_bytes
 from kvengine.metrics import Metrics
 from kvengine.policy import Request
@@ -20,24 +20,9 @@ from kvengine.policy.lru import LRU
 from kvengine.policy.named import POLICIES
 from kvengine.policy.ttl import TTL
 from kvengine.store import Store
-from kvengine.trace import Trace, optimum, read, simulate
+from kvengine.trace import Trace, optimum, simulate
 
 SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "traces"
-
-
-def line(**changes: object) -> str:
-    fields = {"timestamp": 0, "input_length": 1100, "output_length": 7, "hash_ids": [1, 2, 3]}
-    return json.dumps(fields | changes)
-
-
-@pytest.fixture
-def write(tmp_path):
-    def write(*lines: str) -> Path:
-        path = tmp_path / "trace.jsonl"
-        path.write_text("\n".join(lines))
-        return path
-
-    return write
 
 
 def drawn(requests: int = 400, seed: int = 0, sessions: int = 40) -> Trace:
@@ -68,101 +53,6 @@ def drawn(requests: int = 400, seed: int = 0, sessions: int = 40) -> Trace:
         random.integers(0, 3, requests).astype(np.int32),
         prints,
     )
-
-
-# Reading
-
-
-def test_mooncake(write):
-    trace = read(write(line(), line(timestamp=1500, hash_ids=[1, 2, 9], input_length=1536)))
-    assert (trace.requests, trace.unique, trace.block_tokens) == (2, 3, 512)
-    assert trace.path(0).tolist() == [0, 1]  # the third block is not full
-    assert trace.path(1).tolist() == [0, 1, 2]
-    assert trace.seconds.tolist() == [0.0, 1.5] and trace.output_tokens.tolist() == [7, 7]
-
-
-def test_bailian(write):
-    made = [
-        line(chat_id=1, parent_chat_id=-1, timestamp=2.5, input_length=33, turn=1, type="text"),
-        line(chat_id=2, parent_chat_id=1, timestamp=4.0, input_length=48, turn=2, type="text"),
-    ]
-    trace = read(write(*made))
-    assert (trace.unique, trace.block_tokens) == (3, 16)
-    assert trace.seconds.tolist() == [2.5, 4.0]
-
-
-def test_a_hash_after_another_prefix_is_another_block(write):
-    trace = read(write(line(hash_ids=[1, 5, 0]), line(hash_ids=[2, 5, 0])))
-    assert trace.unique == 4
-
-
-@pytest.mark.parametrize(
-    ("lines", "says"),
-    [
-        ([line(), '{"timestamp": 3, "inp'], "line 2: .*expected one JSON object a line"),
-        ([line(), "[]"], "line 2: .*expected one JSON object a line"),
-        ([line(hash_ids="x")], "line 1: .*hash_ids"),
-        ([line(timestamp=5), "", line(timestamp=4)], "line 3: timestamp 4.* goes back by 0.001 s"),
-        ([line(timestamp=-1)], "line 1: timestamp -1.*expected a time from 0 on"),
-        ([line(hash_ids=[1])], "line 1: 1 hash_ids for 1100 tokens: expected at least 2 of 512"),
-        ([line(output_length=-4)], "line 1: input_length and output_length: expected 0 to"),
-        ([], "no requests"),
-    ],
-)
-def test_malformed_lines(write, lines, says):
-    with pytest.raises(TraceError, match=says):
-        read(write(*lines))
-
-
-def columns(**changes: object) -> dict[str, object]:
-    return {
-        "parent_delta": np.array([0, 0, 1]),  # 0 ← 1, 0 ← 2
-        "leaf": np.array([1, 2, -1]),
-        "nblk": np.array([2, 2, 0]),
-        "t_ms": np.array([0, 1000, 2000]),
-        "out_tok": np.array([1, 2, 3]),
-        "stop": np.array([0, 1, 2]),
-        "block_tokens": np.int64(64),
-    } | changes
-
-
-def test_tree(tmp_path):
-    path = tmp_path / "tree.npz"
-    np.savez(path, **columns())
-    trace = read(path)
-    assert [trace.path(r).tolist() for r in range(3)] == [[0, 1], [0, 2], []]
-    assert trace.coarsened(2).block_tokens == 128 and trace.coarsened(2).unique == 2
-    assert trace.coarsened(3).unique == 0
-    assert trace.first(1).unique == 2
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        ({"t_ms": np.array([0, 9, 8])}, "request 2: its time goes back"),
-        ({"leaf": np.array([1, 3, -1])}, "points outside the tree"),
-        ({"parent_delta": np.array([0, 0, 9])}, "points outside the tree"),
-        ({"nblk": np.array([2, 1, 0])}, "request 1: nblk is not the depth"),
-        ({"nblk": np.array([2, 3, 0])}, "request 1: nblk is not the depth"),
-        ({"nblk": np.array([2, 2])}, "expected equal lengths"),
-    ],
-)
-def test_malformed_tree(tmp_path, changes, says):
-    np.savez(tmp_path / "tree.npz", **columns(**changes))
-    with pytest.raises(TraceError, match=says):
-        read(tmp_path / "tree.npz")
-
-
-def test_no_tree(tmp_path):
-    np.savez(tmp_path / "a.npz", leaf=np.zeros(1))
-    with pytest.raises(TraceError, match="no column 'parent_delta'"):
-        read(tmp_path / "a.npz")
-    whole = (tmp_path / "a.npz").read_bytes()
-    (tmp_path / "a.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(TraceError, match="not a whole .npz file"):
-        read(tmp_path / "a.npz")
-    with pytest.raises(TraceError, match="cannot be read"):
-        read(tmp_path / "nowhere.jsonl")
 
 
 # Playing
