@@ -81,6 +81,11 @@ class Pinned:
             )
             return self._whole()
 
+    def over(self, timeout_s: float) -> bool:
+        """Wait until registering has ended, all of it or not. False if the time ran out first."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
     def close(self, timeout_s: float) -> bool:
         """Begin no more transfers, wait for those that hold bytes, and unregister.
 

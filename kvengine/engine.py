@@ -58,6 +58,7 @@ from kvengine.transfer import Transfer, Transfers
 from kvengine.writer import Writer
 
 CLOSE_S = 30.0
+PIN_POLL_S = 0.1
 RECORD_BYTES = 256 << 20
 FILL_MAX = 1024
 FETCH_SHARE = 4  # a quarter of memory is lent to reads from tiers at a time
@@ -670,9 +671,12 @@ class Engine:
                 self._shadows = Shadows(self.config.shadow, pages, self.metrics)
         finally:
             self._ready.set()
-        self._store.arena.populate()
         if self.config.pin and not self._closed:
             self._pin = Pin(self._store.arena, self.metrics)
+            # Who touches memory first places it: that is a thread near the device.
+            while not (self._closed or self._pin.over(PIN_POLL_S)):
+                pass
+        self._store.arena.populate()
 
     def _settle(self) -> None:
         """Before a fork: let kernels be loaded first, for at most CLOSE_S.

@@ -32,6 +32,10 @@ class Pin:
             return
         self.pinned = Pinned(found, arena.address, arena.nbytes, self._report)
 
+    def over(self, timeout_s: float) -> bool:
+        """Wait until all is registered that will be. False if the time ran out first."""
+        return self.pinned is None or self.pinned.over(timeout_s)
+
     def close(self, timeout_s: float) -> bool:
         """Unregister, once no transfer holds any of it. False if that took longer than the time."""
         return self.pinned is None or self.pinned.close(timeout_s)
