@@ -134,8 +134,8 @@ def forms_of(fidelity: str, layout: Layout, *, smaller: bool = True) -> Forms[Co
         known = ", ".join((EXACT, *quant.SCHEMES))
         raise LayoutError(f"fidelity {fidelity!r} is not known, expected one of {known}")
     usual: Codec = Quantised(layout, scheme)
-    # The first tokens of a prompt draw attention from all others: they keep 8 bits or more.
-    return Forms(usual, Quantised(layout, "int8") if scheme in FOUR_BITS else usual)
+    # The first tokens of a prompt draw attention from all others: they keep 8 bits or all of them.
+    return Forms(usual, Quantised(layout, "int8") if scheme in FOUR_BITS else Raw(layout))
 
 
 class Raw:
@@ -257,8 +257,8 @@ class Lossless(Coded):
 
 # Raise a scheme's version when its bytes change: blocks of another are other blocks.
 QUANTISED = {
-    "int8": (frame.ENCODING_INT8, "int8 v1 keys=channel values=row"),
-    "fp8": (frame.ENCODING_FP8, "fp8 v0 e4m3 scale=row"),
+    "int8": (frame.ENCODING_INT8, "int8 v2 keys=channel values=row first=exact"),
+    "fp8": (frame.ENCODING_FP8, "fp8 v1 e4m3 scale=row first=exact"),
     "int4": (frame.ENCODING_INT4, "int4 v1 keys=channel values=group first=int8"),
     "rot4": (frame.ENCODING_ROT4, "rot4 v1 first=int8"),
 }
