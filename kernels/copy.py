@@ -9,6 +9,7 @@ device, `device.py` has the raw copy. Called by the engine's transfers.
 
 import ctypes
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -33,6 +34,19 @@ Int64s = npt.NDArray[np.int64]
 Span = tuple[int, int]
 
 
+class Table(Protocol):
+    """What tables of a frame's bytes have in common, `Moves` and `rows.Rows`."""
+
+    @property
+    def segments(self) -> Int64s: ...
+
+    @property
+    def frames(self) -> Int64s: ...
+
+    @property
+    def block_nbytes(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Moves:
     """Say where every byte of a table of N blocks lies, in the cache and in frames.
@@ -44,6 +58,8 @@ class Moves:
         a paged cache, the tokens of a block for a slot mapping.
     segments: int64[S, 4], first component, count of components, offset in the payload, nbytes.
     frames: int64[N], address of each frame's payload.
+    whole: whether components tile their segments. Those of a few heads do not: `scatter` verifies
+        the whole segments and copies what there is, `gather` refuses to leave a frame half-filled.
 
     Run (a, b) of unit u of component c of block n is RUN bytes at
         cache: BASE + offsets[GROUP, n, u] + a * OUTER_CACHE + b * INNER_CACHE
@@ -56,6 +72,7 @@ class Moves:
     offsets: Int64s
     segments: Int64s
     frames: Int64s
+    whole: bool = True
     short_nbytes: int = field(init=False)  # of the shortest segment
     block_nbytes: int = field(init=False)
 
@@ -71,8 +88,9 @@ class Moves:
     def check(self) -> None:
         """Raise ValueError unless segments lie apart and their components tile them in order.
 
-        Every component covers one stretch of the frame, each starting where the one before ends.
-        Called once for each layout: `gather` and `scatter` rely on it and do not look again.
+        Every component covers one stretch of the frame, each starting where the one before ends;
+        where the table is not `whole`, each lies within its segment. Called once for each layout:
+        `gather` and `scatter` rely on it and do not look again.
         """
         groups, _, units = self.offsets.shape
         end = 0
@@ -90,11 +108,14 @@ class Moves:
                 row = self.components[c].tolist()
                 if not 0 <= row[GROUP] < groups:
                     raise ValueError(f"component {c} has group {row[GROUP]}, expected 0..{groups}")
+                if not self.whole:
+                    _expect_within(c, row, units, (offset, offset + nbytes))
+                    continue
                 if row[FRAME] != at:
                     raise ValueError(f"component {c} starts at byte {row[FRAME]}, expected {at}")
                 at += _tile(c, row, units)
             end = offset + nbytes
-            if at != end:
+            if self.whole and at != end:
                 raise ValueError(f"segment {s} has {nbytes} bytes, its components {at - offset}")
 
 
@@ -114,23 +135,15 @@ def gather(
     Raises ValueError for a range or table that does not fit, ImportError for native=True without
     numba.
     """
-    _ranges(moves, blocks, segments)
-    shape = (len(moves.frames), len(moves.segments), 2)
-    expect("digests", digests, np.uint64, shape)
+    expect_whole(moves)
+    expect_ranges(moves, blocks, segments)
+    expect_status(moves, digests)
     compiled = choose(native)
     if compiled is None or moves.short_nbytes <= compiled.SHORT_NBYTES:
         _gather_plain(moves, blocks, segments, digests)
         return
-    compiled.gather(
-        moves.components,
-        moves.offsets,
-        moves.segments,
-        moves.frames,
-        *blocks,
-        *segments,
-        digests,
-        _streams(moves, blocks, segments),
-    )
+    tables = (moves.components, moves.offsets, moves.segments, moves.frames)
+    compiled.gather(*tables, *blocks, *segments, digests, streams(moves, blocks, segments))
 
 
 def scatter(
@@ -146,27 +159,21 @@ def scatter(
 
     digests: uint64[N, S, 2], what each segment's digest must be; verdicts: uint8[N, S]. What is
     hashed is what is written; where a segment is BAD its bytes in the cache may be the old ones,
-    the wrong ones, or both: not to be used. Otherwise as `gather`.
+    the wrong ones, or both: not to be used. A table that is not `whole` is read twice, segment by
+    segment, and nothing of a BAD one is copied. Otherwise as `gather`.
     """
-    _ranges(moves, blocks, segments)
-    shape = (len(moves.frames), len(moves.segments))
-    expect("digests", digests, np.uint64, (*shape, 2))
-    expect("verdicts", verdicts, np.uint8, shape)
+    expect_ranges(moves, blocks, segments)
+    expect_status(moves, digests, verdicts)
     compiled = choose(native)
     if compiled is None or moves.short_nbytes <= compiled.SHORT_NBYTES:
         _scatter_plain(moves, blocks, segments, digests, verdicts)
         return
-    compiled.scatter(
-        moves.components,
-        moves.offsets,
-        moves.segments,
-        moves.frames,
-        *blocks,
-        *segments,
-        digests,
-        verdicts,
-        _streams(moves, blocks, segments),
-    )
+    tables = (moves.components, moves.offsets, moves.segments, moves.frames)
+    if not moves.whole:
+        compiled.scatter_some(*tables, *blocks, *segments, digests, verdicts)
+        return
+    past = streams(moves, blocks, segments)
+    compiled.scatter(*tables, *blocks, *segments, digests, verdicts, past)
 
 
 def copy_spans(
@@ -201,9 +208,9 @@ def gather_reference(
     moves: Moves, blocks: Span, segments: Span, digests: npt.NDArray[np.uint64]
 ) -> None:
     """Do what `gather` does, one run at a time."""
-    for n, s, frame, nbytes in _table(moves, blocks, segments):
+    for n, s, frame, nbytes in listed(moves, blocks, segments):
         for cache, at, run in _runs(moves, n, s):
-            _bytes(at, run)[:] = _bytes(cache, run)
+            bytes_at(at, run)[:] = bytes_at(cache, run)
         digests[n, s] = digest(frame, nbytes)
 
 
@@ -215,18 +222,18 @@ def scatter_reference(
     verdicts: npt.NDArray[np.uint8],
 ) -> None:
     """Do what `scatter` does, one run at a time; leave the cache alone where a segment is BAD."""
-    for n, s, frame, nbytes in _table(moves, blocks, segments):
+    for n, s, frame, nbytes in listed(moves, blocks, segments):
         good = digest(frame, nbytes) == tuple(digests[n, s].tolist())
         verdicts[n, s] = GOOD if good else BAD
         if good:
             for cache, at, run in _runs(moves, n, s):
-                _bytes(cache, run)[:] = _bytes(at, run)
+                bytes_at(cache, run)[:] = bytes_at(at, run)
 
 
 def _gather_plain(
     moves: Moves, blocks: Span, segments: Span, digests: npt.NDArray[np.uint64]
 ) -> None:
-    for n, s, frame, nbytes in _table(moves, blocks, segments):
+    for n, s, frame, nbytes in listed(moves, blocks, segments):
         for cache, at in _units(moves, n, s):
             at[:] = cache
         digests[n, s] = digest(frame, nbytes)
@@ -239,7 +246,7 @@ def _scatter_plain(
     digests: npt.NDArray[np.uint64],
     verdicts: npt.NDArray[np.uint8],
 ) -> None:
-    for n, s, frame, nbytes in _table(moves, blocks, segments):
+    for n, s, frame, nbytes in listed(moves, blocks, segments):
         good = digest(frame, nbytes) == tuple(digests[n, s].tolist())
         verdicts[n, s] = GOOD if good else BAD
         if good:
@@ -247,9 +254,9 @@ def _scatter_plain(
                 cache[:] = at
 
 
-def _table(moves: Moves, blocks: Span, segments: Span) -> list[tuple[int, int, int, int]]:
+def listed(table: Table, blocks: Span, segments: Span) -> list[tuple[int, int, int, int]]:
     """List (block, segment, its address in the frame, its nbytes)."""
-    frames, rows = moves.frames.tolist(), moves.segments.tolist()
+    frames, rows = table.frames.tolist(), table.segments.tolist()
     return [
         (n, s, frames[n] + rows[s][OFFSET], rows[s][NBYTES])
         for n in range(*blocks)
@@ -285,27 +292,30 @@ def _units(
         shape = (row[OUTER], row[INNER], row[RUN])
         for u, offset in enumerate(moves.offsets[row[GROUP], n].tolist()):
             at = frame + row[FRAME] + u * row[UNIT_FRAME]
-            cache = _Memory(row[BASE] + offset, shape, (row[OUTER_CACHE], row[INNER_CACHE], 1))
-            target = _Memory(at, shape, (row[OUTER_FRAME], row[INNER_FRAME], 1))
+            cache = Memory(row[BASE] + offset, shape, (row[OUTER_CACHE], row[INNER_CACHE], 1))
+            target = Memory(at, shape, (row[OUTER_FRAME], row[INNER_FRAME], 1))
             found.append((np.asarray(cache), np.asarray(target)))
     return found
 
 
-class _Memory:
-    """Bytes at an address, as numpy takes them."""
+class Memory:
+    """Unsigned words of `item` bytes at an address, as numpy takes them."""
 
-    def __init__(self, address: int, shape: tuple[int, ...], strides: tuple[int, ...]) -> None:
+    def __init__(
+        self, address: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, item: int = 1
+    ) -> None:
         self.__array_interface__ = {
             "data": (address, False),
             "shape": shape,
             "strides": strides,
-            "typestr": "|u1",
+            "typestr": f"<u{item}" if item > 1 else "|u1",
             "version": 3,
         }
 
 
-def _bytes(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
-    return np.asarray(_Memory(address, (nbytes,), (1,)))
+def bytes_at(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
+    """View bytes at an address."""
+    return np.asarray(Memory(address, (nbytes,), None))
 
 
 def _tile(c: int, row: list[int], units: int) -> int:
@@ -329,18 +339,56 @@ def _tile(c: int, row: list[int], units: int) -> int:
     return covered
 
 
-def _ranges(moves: Moves, blocks: Span, segments: Span) -> None:
+def _expect_within(c: int, row: list[int], units: int, segment: Span) -> None:
+    """Raise ValueError unless all runs of a component lie within its segment."""
+    reach = [
+        (max(0, count) - 1) * stride
+        for count, stride in (
+            (units, row[UNIT_FRAME]),
+            (row[OUTER], row[OUTER_FRAME]),
+            (row[INNER], row[INNER_FRAME]),
+        )
+    ]
+    first, last = row[FRAME], row[FRAME] + sum(reach) + row[RUN]
+    if min(reach) < 0 or row[RUN] < 1 or first < segment[0] or last > segment[1]:
+        raise ValueError(
+            f"component {c} reaches from byte {first} to {last}, expected runs within "
+            f"{segment[0]} to {segment[1]}"
+        )
+
+
+def expect_whole(moves: Moves) -> None:
+    """Raise ValueError for a table that would leave frames half-filled."""
+    if not moves.whole:
+        raise ValueError("a table of a few heads was given to fill frames: give one of all heads")
+
+
+def expect_ranges(table: Table, blocks: Span, segments: Span) -> None:
+    """Raise ValueError for ranges that are not within a table."""
     for name, (first, last), count in (
-        ("blocks", blocks, len(moves.frames)),
-        ("segments", segments, len(moves.segments)),
+        ("blocks", blocks, len(table.frames)),
+        ("segments", segments, len(table.segments)),
     ):
         if not 0 <= first <= last <= count:
-            raise ValueError(f"{name} {first} to {last} are not within the {count} of the moves")
+            raise ValueError(f"{name} {first} to {last} are not within the {count} of the table")
 
 
-def _streams(moves: Moves, blocks: Span, segments: Span) -> bool:
-    share = (segments[1] - segments[0]) / max(len(moves.segments), 1)
-    return (blocks[1] - blocks[0]) * moves.block_nbytes * share > STREAM_NBYTES
+def expect_status(
+    table: Table,
+    digests: npt.NDArray[np.uint64],
+    verdicts: npt.NDArray[np.uint8] | None = None,
+) -> None:
+    """Raise ValueError unless there is a digest, and a verdict, for each segment of a table."""
+    shape = (len(table.frames), len(table.segments))
+    expect("digests", digests, np.uint64, (*shape, 2))
+    if verdicts is not None:
+        expect("verdicts", verdicts, np.uint8, shape)
+
+
+def streams(table: Table, blocks: Span, segments: Span) -> bool:
+    """Tell whether a call moves so much that it writes past the caches."""
+    share = (segments[1] - segments[0]) / max(len(table.segments), 1)
+    return (blocks[1] - blocks[0]) * table.block_nbytes * share > STREAM_NBYTES
 
 
 def expect(

@@ -225,6 +225,8 @@ def _launch(
 ) -> None:
     _, count_blocks, count_units = moves.offsets.shape
     rows = moves.segments[slice(*segments)]
+    if gathers:
+        copy.expect_whole(moves)
     if blocks[0] == blocks[1] or len(rows) == 0:
         return
     first = int(rows[:, copy.FIRST].min())

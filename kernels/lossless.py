@@ -28,17 +28,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvengine.kernels import copy, launch
-from kvengine.kernels.copy import BAD, GOOD, OVERFULL, Span
+from kvengine.kernels.copy import BAD, GOOD, OVERFULL, Span, bytes_at, listed
 from kvengine.kernels.digest import digest
-from kvengine.kernels.rows import (
-    DIM,
-    FRAME,
-    HEADS,
-    NBYTES,
-    OFFSET,
-    Rows,
-    plane,
-)
+from kvengine.kernels.rows import DIM, FRAME, HEADS, NBYTES, Rows
 
 ELEMENTS = 8192  # of a tile at most: it is worked on in the nearest cache, or in registers
 TOKENS_MAX = 64  # of a tile: exponents of a channel drift apart over more
@@ -156,13 +148,13 @@ def encode(
     whole call. Raises ValueError for what does not fit, ImportError for native=True without numba.
     """
     _fits(rows, blocks, segments, digests, verdicts)
+    rows.expect_whole()
     compiled = _compiled(rows, native)
     if compiled is None:
         encode_reference(rows, blocks, segments, digests, verdicts)
         return
-    compiled.encode(
-        *_tables(rows), *blocks, *segments, digests, verdicts, _streams(rows, blocks, segments)
-    )
+    past = copy.streams(rows, blocks, segments)
+    compiled.encode(*_tables(rows), *blocks, *segments, digests, verdicts, past)
 
 
 def decode(
@@ -177,16 +169,17 @@ def decode(
     """Code frames -> cache, and write a verdict on each segment: GOOD or BAD.
 
     digests: what each segment's digest must be. What is hashed is what is decoded; where a segment
-    is BAD its bytes in the cache may be the old ones, wrong ones, or both. Otherwise as `encode`.
+    is BAD its bytes in the cache may be the old ones, wrong ones, or both. Where the cache has a
+    few heads, tiles with channels of theirs are decoded whole, others not at all. Otherwise as
+    `encode`.
     """
     _fits(rows, blocks, segments, digests, verdicts)
     compiled = _compiled(rows, native)
     if compiled is None:
         decode_reference(rows, blocks, segments, digests, verdicts)
         return
-    compiled.decode(
-        *_tables(rows), *blocks, *segments, digests, verdicts, _streams(rows, blocks, segments)
-    )
+    past = copy.streams(rows, blocks, segments)
+    compiled.decode(*_tables(rows), *blocks, *segments, digests, verdicts, past, *rows.heads)
 
 
 def _compiled(rows: Rows, native: bool | None) -> ModuleType | None:
@@ -204,7 +197,7 @@ def encode_reference(
     verdicts: npt.NDArray[np.uint8],
 ) -> None:
     """Do what `encode` does, one tile at a time; the path of a machine without numba as well."""
-    for n, s, frame, nbytes in _table(rows, blocks, segments):
+    for n, s, frame, nbytes in listed(rows, blocks, segments):
         verdicts[n, s] = GOOD
         for c in _components(rows, s):
             words = _words(rows, n, c)
@@ -222,7 +215,7 @@ def decode_reference(
     verdicts: npt.NDArray[np.uint8],
 ) -> None:
     """Do what `decode` does, one tile at a time; leave the cache alone where a segment is BAD."""
-    for n, s, frame, nbytes in _table(rows, blocks, segments):
+    for n, s, frame, nbytes in listed(rows, blocks, segments):
         good = digest(frame, nbytes) == tuple(digests[n, s].tolist())
         verdicts[n, s] = GOOD if good else BAD
         for c in _components(rows, s) if good else ():
@@ -293,16 +286,6 @@ def _put(rows: Rows, n: int, c: int, words: Words) -> None:
     rows.put(n, c, words.reshape(rows.tokens, heads, -1).swapaxes(0, 1))
 
 
-def _table(rows: Rows, blocks: Span, segments: Span) -> list[tuple[int, int, int, int]]:
-    """List (block, segment, its address in the frame, its nbytes)."""
-    frames, table = rows.frames.tolist(), rows.segments.tolist()
-    return [
-        (n, s, frames[n] + table[s][OFFSET], table[s][NBYTES])
-        for n in range(*blocks)
-        for s in range(*segments)
-    ]
-
-
 def _components(rows: Rows, s: int) -> range:
     first, count = rows.segments[s, :2].tolist()
     return range(first, first + count)
@@ -312,7 +295,7 @@ def _tiles(rows: Rows, n: int, c: int) -> list[tuple[tuple[slice, slice], Bytes]
     """List (its part of the component's words, its bytes in the frame) of each tile."""
     at = int(rows.frames[n] + rows.components[c, FRAME])
     table = tiles(rows.tokens, _channels(rows, c))
-    return [(_part(tile), plane(at + tile[AT], tile[SIZE])) for tile in table.tolist()]
+    return [(_part(tile), bytes_at(at + tile[AT], tile[SIZE])) for tile in table.tolist()]
 
 
 def _part(tile: list[int]) -> tuple[slice, slice]:
@@ -328,22 +311,8 @@ def _fits(
     verdicts: npt.NDArray[np.uint8],
 ) -> None:
     expect_bf16(rows)
-    rows.check_ranges(blocks, segments)
-    shape = (len(rows.frames), len(rows.segments))
-    for name, table, dtype, wanted in (
-        ("digests", digests, np.uint64, (*shape, 2)),
-        ("verdicts", verdicts, np.uint8, shape),
-    ):
-        if table.dtype != dtype or table.shape != wanted or not table.flags.c_contiguous:
-            raise ValueError(
-                f"{name} is {table.dtype}{list(table.shape)}, expected C-contiguous "
-                f"{np.dtype(dtype)}{list(wanted)}"
-            )
-
-
-def _streams(rows: Rows, blocks: Span, segments: Span) -> bool:
-    share = (segments[1] - segments[0]) / max(len(rows.segments), 1)
-    return (blocks[1] - blocks[0]) * rows.block_nbytes * share > copy.STREAM_NBYTES
+    copy.expect_ranges(rows, blocks, segments)
+    copy.expect_status(rows, digests, verdicts)
 
 
 def _tables(rows: Rows) -> tuple[Int64s, ...]:

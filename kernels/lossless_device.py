@@ -15,7 +15,7 @@ import numpy as np
 import triton
 import triton.language as tl
 
-from kvengine.kernels import lossless, rows
+from kvengine.kernels import copy, lossless, rows
 from kvengine.kernels.build import REGISTERS_MAX, Variant
 from kvengine.kernels.copy import OVERFULL, Int64s, Span
 from kvengine.kernels.device import Ids
@@ -54,6 +54,7 @@ def _cache(  # type: ignore[no-untyped-def]  # triton reads annotations as its o
     n,
     count_blocks,
     count_units,
+    first_head,
     TOKENS: tl.constexpr,
     GROUPS: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -71,6 +72,7 @@ def _cache(  # type: ignore[no-untyped-def]  # triton reads annotations as its o
     start = tl.load(row + _BASE) + offset + token * tl.load(row + _TOKEN_CACHE)
     channel = tl.load(job + _CHANNEL).to(tl.int32) + 8 * group
     dim = tl.load(row + _DIM).to(tl.int32)
+    channel -= first_head * dim
     place = (channel // dim) * tl.load(row + _HEAD_CACHE) + 2 * (channel % dim)
     address = start[:, None, None] + place[None, :, None]
     # the hint comes after the cast: a pointer made of a loaded integer has no known alignment
@@ -145,7 +147,7 @@ def encode_tiles_kernel(  # type: ignore[no-untyped-def]  # triton reads annotat
     job = jobs_ptr + tl.program_id(0).to(tl.int64) * _JOB
     n = first_block + tl.program_id(1).to(tl.int64)
     pointer, inside, known = _cache(
-        components_ptr, offsets_ptr, job, n, count_blocks, count_units, TOKENS, GROUPS, ALIGN
+        components_ptr, offsets_ptr, job, n, count_blocks, count_units, 0, TOKENS, GROUPS, ALIGN
     )
     mantissas, low, high, tops, escapes, place, room = _frame(
         frames_ptr, job, n, GROUPS, TOKENS, PLANES
@@ -198,6 +200,8 @@ def decode_tiles_kernel(  # type: ignore[no-untyped-def]  # triton reads annotat
     first_block,
     count_blocks,  # N
     count_units,  # U
+    first_head,
+    last_head,
     TOKENS: tl.constexpr,
     GROUPS: tl.constexpr,  # of 8 channels
     ROOM: tl.constexpr,  # more than any tile's for escapes
@@ -207,8 +211,20 @@ def decode_tiles_kernel(  # type: ignore[no-untyped-def]  # triton reads annotat
     job = jobs_ptr + tl.program_id(0).to(tl.int64) * _JOB
     n = first_block + tl.program_id(1).to(tl.int64)
     pointer, inside, known = _cache(
-        components_ptr, offsets_ptr, job, n, count_blocks, count_units, TOKENS, GROUPS, ALIGN
+        components_ptr,
+        offsets_ptr,
+        job,
+        n,
+        count_blocks,
+        count_units,
+        first_head,
+        TOKENS,
+        GROUPS,
+        ALIGN,
     )
+    dim = tl.load(components_ptr + tl.load(job + _COMPONENT) * _COLUMNS + _DIM).to(tl.int32)
+    channel = tl.load(job + _CHANNEL).to(tl.int32) + 8 * tl.arange(0, GROUPS)
+    known &= ((channel >= first_head * dim) & (channel < last_head * dim))[None, :]
     mantissas, low, high, tops, escapes, place, room = _frame(
         frames_ptr, job, n, GROUPS, TOKENS, PLANES
     )
@@ -275,27 +291,19 @@ def decode(
     _launch(table, blocks, segments, None, device, ids)
 
 
-def alignment(table: Rows, ids: Ids | None = None) -> int:
-    """Return the bytes, 16 at most and a power of two, that divide every address in the cache."""
-    columns = [rows.BASE, rows.TOKEN_CACHE, rows.HEAD_CACHE]
-    offsets = table.offsets if ids is None else ids.strides
-    found = (table.components[:, columns], offsets)
-    return math.gcd(16, *(int(np.gcd.reduce(each, axis=None)) for each in found))
-
-
 def jobs_of(table: Rows, segments: Span) -> tuple[Int64s, dict[str, int]]:
     """List the tiles of these segments, int64[J, 8], and choose the constants that fit them all.
 
-    Both are kept for the next launch.
+    Those without a channel of the table's heads are left out. Both are kept for the next launch.
     """
     components = table.components[:, [rows.HEADS, rows.DIM, rows.FRAME]]
     chosen = table.segments[slice(*segments), :2]
-    return _jobs(table.tokens, components.tobytes(), chosen.tobytes(), segments[0])
+    return _jobs(table.tokens, components.tobytes(), chosen.tobytes(), segments[0], table.heads)
 
 
 @functools.lru_cache(64)
 def _jobs(
-    tokens: int, components: bytes, segments: bytes, first_segment: int
+    tokens: int, components: bytes, segments: bytes, first_segment: int, chosen: Span
 ) -> tuple[Int64s, dict[str, int]]:
     shapes = np.frombuffer(components, np.int64).reshape(-1, 3).tolist()
     found = []
@@ -306,7 +314,10 @@ def _jobs(
                 raise ValueError(
                     f"heads of {dim} elements, expected a multiple of {lossless.GROUP}"
                 )
-            tiles = lossless.tiles(tokens, heads * dim).copy()
+            tiles = lossless.tiles(tokens, heads * dim)
+            start = tiles[:, lossless.CHANNEL]
+            end = start + tiles[:, lossless.CHANNELS]
+            tiles = tiles[(start < chosen[1] * dim) & (end > chosen[0] * dim)]
             tiles[:, lossless.AT] += frame
             place = np.full((len(tiles), 2), (c, first_segment + s), np.int64)
             found.append(np.concatenate((place, tiles), axis=1))
@@ -324,8 +335,10 @@ def _launch(
     ids: Ids | None,
 ) -> None:
     lossless.expect_bf16(table)
-    table.check_ranges(blocks, segments)
-    align = alignment(table, ids)
+    copy.expect_ranges(table, blocks, segments)
+    if verdicts is not None:
+        table.expect_whole()
+    align = table.alignment(table.components, table.offsets if ids is None else ids.strides)
     if align % 4:
         raise ValueError(
             f"addresses in the cache are multiples of {align} bytes, expected of 4: copy it to an "
@@ -338,12 +351,13 @@ def _launch(
     _, count_blocks, count_units = table.offsets.shape
     offsets = on.table(table.offsets) if ids is None else ids.offsets(table, on)
     tables = [on.table(table.components), offsets, on.table(table.frames), on.table(jobs)]
-    counts = [count_blocks, count_units]
+    last_head = min(table.heads[1], int(table.components[:, rows.HEADS].max()))
+    counts = [count_blocks, count_units, table.heads[0], last_head]
     kernel, num_warps = decode_tiles_kernel, DECODE_WARPS
     if verdicts is not None:
         expect_memory("verdicts", verdicts, 1, len(table.frames) * len(table.segments))
         tables.append(verdicts)
-        counts.append(len(table.segments))
+        counts[2:] = [len(table.segments)]
         kernel, num_warps = encode_tiles_kernel, ENCODE_WARPS
     constants = constants | {"ALIGN": align}
     for first in range(blocks[0], blocks[1], BLOCKS_MAX):
@@ -373,6 +387,8 @@ def _variant(encodes: bool, tokens: int, align: int) -> Variant:
     signature = dict.fromkeys(pointers, "*i64") | dict.fromkeys(counts, "i32")
     if encodes:
         signature |= {"verdicts_ptr": "*u8", "count_segments": "i32"}
+    else:
+        signature |= {"first_head": "i32", "last_head": "i32"}
     return Variant(
         f"lossless {'encode' if encodes else 'decode'} {tokens} tokens by {align} bytes",
         encode_tiles_kernel if encodes else decode_tiles_kernel,

@@ -29,6 +29,7 @@ GROUP = 8  # elements whose codes lie together
 WIDE = 64  # elements of a vector
 ESCAPE = 7
 OVERFULL = np.uint8(3)
+HEADS_MAX = 1 << 16
 # Of a tile at most, and slack behind it. Coded it is the largest where it has one token only: a
 # byte a channel beside 11 bits and a share of escapes for each element.
 TILE_NBYTES = 20 << 10
@@ -306,28 +307,40 @@ def _look_ahead(row: Any, offsets: Any, n: int, tile: Any, ahead: Any) -> int:
 
 @register_jitable
 def _move_tile(
-    row: Any, offsets: Any, n: int, tile: Any, words: int, gather: bool, stream: bool
+    row: Any,
+    offsets: Any,
+    n: int,
+    tile: Any,
+    words: int,
+    heads: Any,
+    gather: bool,
+    stream: bool,
 ) -> None:
-    """Copy a tile's rows between the cache and `words`, [tokens, channels] at an address."""
+    """Copy a tile's rows between the cache and `words`, [tokens, channels] at an address.
+
+    Of `heads`, first and last, alone: the cache has no others.
+    """
     apart = row[3] != 2 * row[5]  # heads that lie apart are copied one by one
-    first, end = tile[2], tile[2] + tile[3]
-    place = _place(row, first)
-    for token in range(tile[0], tile[0] + tile[1]):
-        start = _token(row, offsets, n, token)
-        channel, count = first, tile[3]
+    skip = heads[0] * row[5]  # channels
+    first, end = max(tile[2], skip), min(tile[2] + tile[3], heads[1] * row[5])
+    place = _place(row, first - skip)
+    for token in range(tile[1]):
+        start = _token(row, offsets, n, tile[0] + token)
+        channel, count = first, end - first
+        at = words + 2 * (token * tile[3] + first - tile[2])
         while channel < end:
             if apart:
-                place = _place(row, channel)
+                place = _place(row, channel - skip)
                 count = min(row[5] - channel % row[5], end - channel)
             cache = start + place
             if gather:
-                native._copy(cache, words, 2 * count)
+                native._copy(cache, at, 2 * count)
             elif stream and (cache | 2 * count) % STRIPE == 0:
-                for at in range(0, 2 * count, STRIPE):
-                    _stream_line(words + at, cache + at)
+                for line in range(0, 2 * count, STRIPE):
+                    _stream_line(at + line, cache + line)
             else:
-                native._copy(words, cache, 2 * count)
-            words += 2 * count
+                native._copy(at, cache, 2 * count)
+            at += 2 * count
             channel += count
 
 
@@ -358,12 +371,14 @@ def _segment(
     payload: int,
     following: Any,
     scratch: Any,
+    heads: Any,
     encode: bool,
     stream: bool,
 ) -> Any:
     """Code and hash one segment of block n; return (low, high, whether all escapes had room).
 
-    `following` is the block that the caller will code next, and its first component.
+    `following` is the block that the caller will code next, and its first component. Tiles without
+    a channel of `heads`, first and last, are hashed only.
     """
     acc, words, coded, ahead = scratch
     acc[:] = START
@@ -382,13 +397,15 @@ def _segment(
                 else:
                     m, d = (n, c + 1) if c + 1 < end else following
                     nbytes = _look_ahead(components[d], offsets, m, tiles[plans[d, 0]], ahead)
-                _move_tile(row, offsets, n, tile, words.ctypes.data, True, False)
+                _move_tile(row, offsets, n, tile, words.ctypes.data, heads, True, False)
                 fits &= _code_tile(words, coded, tile[1], tile[3], tile[5], ahead, nbytes)
                 _hash_tile(state, coded.ctypes.data, frame, stripe, count, final, stream)
             else:
                 _hash_tile(state, frame, coded.ctypes.data, stripe, count, final, False)
-                _decode_tile(coded, words, tile[1], tile[3], tile[5])
-                _move_tile(row, offsets, n, tile, words.ctypes.data, False, stream)
+                first_channel, last_channel = heads[0] * row[5], heads[1] * row[5]
+                if tile[2] < last_channel and tile[2] + tile[3] > first_channel:
+                    _decode_tile(coded, words, tile[1], tile[3], tile[5])
+                    _move_tile(row, offsets, n, tile, words.ctypes.data, heads, False, stream)
             stripe += count
     low, high = native._finish(acc, segment[3])
     return low, high, fits
@@ -453,6 +470,7 @@ def _entries(stamp: int) -> Any:
                     frames[n],
                     following,
                     scratch,
+                    (0, HEADS_MAX),
                     True,
                     stream,
                 )
@@ -461,7 +479,9 @@ def _entries(stamp: int) -> Any:
                 verdicts[n, s] = GOOD if fits else OVERFULL
         native._fence()
 
-    @native._compiled(types.void(*_TABLES, _DIGESTS, _VERDICTS, types.boolean))
+    @native._compiled(
+        types.void(*_TABLES, _DIGESTS, _VERDICTS, types.boolean, types.int64, types.int64)
+    )
     def decode(
         components: Any,
         offsets: Any,
@@ -476,6 +496,8 @@ def _entries(stamp: int) -> Any:
         digests: Any,
         verdicts: Any,
         stream: bool,
+        first_head: int,
+        last_head: int,
     ) -> None:
         scratch = _scratch(stamp)
         for n in range(first_block, last_block):
@@ -490,6 +512,7 @@ def _entries(stamp: int) -> Any:
                     frames[n],
                     (n, 0),
                     scratch,
+                    (first_head, last_head),
                     False,
                     stream,
                 )

@@ -447,6 +447,49 @@ def scatter(
     _fence()
 
 
+@register_jitable
+def _span(acc: Any, address: int, nbytes: int, following: int) -> Any:
+    """Return the digest (low, high) of a span of more than SHORT_NBYTES bytes."""
+    acc[:] = START
+    stripes = (nbytes - 1) // STRIPE
+    _stripes(acc.ctypes.data, address, 0, 0, stripes, following, False)
+    _hash_stripe(acc.ctypes.data, address + nbytes - STRIPE, 0, LAST_SECRET)
+    return _finish(acc, nbytes)
+
+
+@_compiled(types.void(*_TABLES, *_RANGES, _table(types.uint64, 3), _table(types.uint8, 2, False)))
+def scatter_some(
+    components: Any,
+    offsets: Any,
+    segments: Any,
+    frames: Any,
+    first_block: int,
+    last_block: int,
+    first_segment: int,
+    last_segment: int,
+    digests: Any,
+    verdicts: Any,
+) -> None:
+    """Do what `scatter` does, where components do not cover their segments: verify, then copy."""
+    acc = np.empty(8, np.uint64)
+    for n in range(first_block, last_block):
+        for s in range(first_segment, last_segment):
+            segment, payload = segments[s], frames[n]
+            start = payload + segment[2]
+            low, high = _span(acc, start, segment[3], start)
+            good = low == digests[n, s, 0] and high == digests[n, s, 1]
+            verdicts[n, s] = GOOD if good else BAD
+            for c in range(segment[0], segment[0] + segment[1] if good else segment[0]):
+                row = components[c]
+                for u in range(offsets.shape[2]):
+                    cache = row[0] + offsets[row[1], n, u]
+                    frame = payload + row[10] + u * row[9]
+                    for a in range(row[2]):
+                        for b in range(row[5]):
+                            source = frame + a * row[4] + b * row[7]
+                            _copy(source, cache + a * row[3] + b * row[6], row[8])
+
+
 @_compiled(
     types.void(_table(types.int64, 1), _table(types.int64, 1), _table(types.uint64, 2, False))
 )
@@ -455,13 +498,8 @@ def digest(addresses: Any, nbytes: Any, out: Any) -> None:
     acc = np.empty(8, np.uint64)
     for i in range(len(addresses)):
         if nbytes[i] > SHORT_NBYTES:
-            acc[:] = START
             following = addresses[min(i + 1, len(addresses) - 1)]
-            stripes = (nbytes[i] - 1) // STRIPE
-            _stripes(acc.ctypes.data, addresses[i], 0, 0, stripes, following, False)
-            tail = addresses[i] + nbytes[i] - STRIPE
-            _hash_stripe(acc.ctypes.data, tail, 0, LAST_SECRET)
-            low, high = _finish(acc, nbytes[i])
+            low, high = _span(acc, addresses[i], nbytes[i], following)
             out[i, 0] = low
             out[i, 1] = high
 

@@ -34,9 +34,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvengine.kernels import copy, launch
-from kvengine.kernels.copy import Span
+from kvengine.kernels.copy import Span, bytes_at
 from kvengine.kernels.digest import digest_spans
-from kvengine.kernels.rows import DIM, FRAME, HEADS, KEYS, NBYTES, OFFSET, Rows, plane
+from kvengine.kernels.rows import DIM, FRAME, HEADS, KEYS, NBYTES, OFFSET, Rows
 
 SCHEMES = ("int8", "fp8", "int4", "rot4")
 PLANE_ALIGN = 16
@@ -124,7 +124,8 @@ def encode(
     numba.
     """
     check(scheme, rows, blocks, segments)
-    _expect("digests", digests, np.uint64, (len(rows.frames), len(rows.segments), 2))
+    rows.expect_whole()
+    copy.expect_status(rows, digests)
     compiled = launch.quantizers(native)
     for n in range(*blocks):
         if compiled is not None:
@@ -148,12 +149,11 @@ def decode(
     """Verify encoded segments, decode the good ones to the cache, and write verdicts.
 
     digests: uint64[N, S, 2], what each encoded segment's digest must be; verdicts: uint8[N, S],
-    copy.GOOD or copy.BAD. The cache is left alone where a segment is BAD. Otherwise as `encode`.
+    copy.GOOD or copy.BAD. The cache is left alone where a segment is BAD. Only the heads that the
+    cache has are decoded. Otherwise as `encode`.
     """
     check(scheme, rows, blocks, segments)
-    shape = (len(rows.frames), len(rows.segments))
-    _expect("digests", digests, np.uint64, (*shape, 2))
-    _expect("verdicts", verdicts, np.uint8, shape)
+    copy.expect_status(rows, digests, verdicts)
     compiled = launch.quantizers(native)
     found = np.empty_like(digests)
     for n in range(*blocks):
@@ -490,7 +490,7 @@ def _components(scheme: str, rows: Rows, n: int, s: int) -> list[tuple[int, list
     for c in range(first, first + count):
         row = rows.components[c].tolist()
         nbytes = sum(planes(scheme, row[HEADS], rows.tokens, row[DIM], bool(row[KEYS])))
-        found.append((c, row, plane(int(rows.frames[n]) + row[FRAME], nbytes)))
+        found.append((c, row, bytes_at(int(rows.frames[n]) + row[FRAME], nbytes)))
     return found
 
 
@@ -508,15 +508,7 @@ def check(scheme: str, rows: Rows, blocks: Span, segments: Span) -> None:
     for dim in set(rows.components[:, DIM].tolist()):
         if wrong := fits(scheme, dim):
             raise ValueError(wrong)
-    rows.check_ranges(blocks, segments)
-
-
-def _expect(name: str, table: npt.NDArray[np.generic], dtype: type, shape: tuple[int, ...]) -> None:
-    if table.dtype != dtype or table.shape != shape or not table.flags.c_contiguous:
-        raise ValueError(
-            f"{name} is {table.dtype}{list(table.shape)}, expected C-contiguous "
-            f"{np.dtype(dtype)}{list(shape)}"
-        )
+    copy.expect_ranges(rows, blocks, segments)
 
 
 def _padded(nbytes: int) -> int:

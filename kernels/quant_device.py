@@ -11,7 +11,6 @@ ties to even, stands in the low bits of the sum.
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,6 +108,21 @@ def _store(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _job(components_ptr, first_block, tiles):
+    """Give what a program works on: block, tile of a component, the component's row."""
+    n = (first_block + tl.program_id(0) // tiles).to(tl.int64)
+    row = components_ptr + tl.program_id(1).to(tl.int64) * _COLUMNS
+    return n, tl.program_id(0) % tiles, row
+
+
+@triton.jit
+def _chunk(tile, tokens, PARTS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Give a tile's head of those that the cache has, its chunk, and the chunks of a head."""
+    chunks = (tokens + _CHUNK - 1) // _CHUNK
+    return (tile // (chunks * PARTS)).to(tl.int64), tile // PARTS % chunks, chunks
+
+
+@triton.jit
 def _addresses(row, offsets_ptr, n, t, h, live, count_blocks, count_units):
     """Give the addresses in the cache of the rows of tokens t and heads h of block n.
 
@@ -201,9 +215,7 @@ def encode_rows_kernel(  # type: ignore[no-untyped-def]  # triton reads annotati
     ROWS: tl.constexpr,
     COLS: tl.constexpr,  # a power of two, at least DIM
 ):
-    n = (first_block + tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    row = components_ptr + tl.program_id(1).to(tl.int64) * _COLUMNS
+    n, tile, row = _job(components_ptr, first_block, tiles)
     count = tl.load(row + _HEADS).to(tl.int32) * tokens
     r = tile * ROWS + tl.arange(0, ROWS)  # [ROWS]: head by head, token by token
     col = tl.arange(0, COLS)
@@ -237,6 +249,8 @@ def decode_rows_kernel(  # type: ignore[no-untyped-def]
     count_units,
     tokens,
     tiles,
+    first_head,
+    heads,  # that the cache has
     MOST: tl.constexpr,
     KIND: tl.constexpr,
     DIM: tl.constexpr,
@@ -244,17 +258,16 @@ def decode_rows_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
 ):
-    n = (first_block + tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    row = components_ptr + tl.program_id(1).to(tl.int64) * _COLUMNS
+    n, tile, row = _job(components_ptr, first_block, tiles)
     count = tl.load(row + _HEADS).to(tl.int32) * tokens
     r = tile * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
-    live = r < count
+    live = r < heads * tokens
+    at = first_head * tokens + r  # in the frame
     mask = live[:, None] & (col < DIM)[None, :]
     codes = _bytes_at(tl.load(frames_ptr + n) + tl.load(row + _FRAME))
-    code = tl.load(codes + (r.to(tl.int64) * DIM)[:, None] + col[None, :], mask=mask, other=0)
-    scale, bad = _scales(codes + _padded(count.to(tl.int64) * DIM), r, live)
+    code = tl.load(codes + (at.to(tl.int64) * DIM)[:, None] + col[None, :], mask=mask, other=0)
+    scale, bad = _scales(codes + _padded(count.to(tl.int64) * DIM), at, live)
     if MOST == 448.0:
         wide = code.to(tl.int32)
         step = _float((wide & 0x7F) << 20) * 1.329227995784916e36  # 2**120
@@ -286,12 +299,8 @@ def encode_columns_kernel(  # type: ignore[no-untyped-def]
     COLS: tl.constexpr,  # channels of a program
 ):
     PARTS: tl.constexpr = (DIM + COLS - 1) // COLS
-    n = (first_block + tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    row = components_ptr + tl.program_id(1).to(tl.int64) * _COLUMNS
-    chunks = (tokens + _CHUNK - 1) // _CHUNK
-    h = (tile // (chunks * PARTS)).to(tl.int64)
-    chunk = tile // PARTS % chunks
+    n, tile, row = _job(components_ptr, first_block, tiles)
+    h, chunk, chunks = _chunk(tile, tokens, PARTS)
     t = (chunk * _CHUNK + tl.arange(0, ROWS)).to(tl.int64)
     col = tile % PARTS * COLS + tl.arange(0, COLS)
     live = t < tokens
@@ -323,6 +332,8 @@ def decode_columns_kernel(  # type: ignore[no-untyped-def]
     count_units,
     tokens,
     tiles,
+    first_head,
+    heads,  # that the cache has
     KIND: tl.constexpr,
     DIM: tl.constexpr,
     CACHE_ALIGN: tl.constexpr,
@@ -330,20 +341,17 @@ def decode_columns_kernel(  # type: ignore[no-untyped-def]
     COLS: tl.constexpr,
 ):
     PARTS: tl.constexpr = (DIM + COLS - 1) // COLS
-    n = (first_block + tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    row = components_ptr + tl.program_id(1).to(tl.int64) * _COLUMNS
-    chunks = (tokens + _CHUNK - 1) // _CHUNK
-    h = (tile // (chunks * PARTS)).to(tl.int64)
-    chunk = tile // PARTS % chunks
+    n, tile, row = _job(components_ptr, first_block, tiles)
+    h, chunk, chunks = _chunk(tile, tokens, PARTS)
+    head = first_head + h  # in the frame
     t = (chunk * _CHUNK + tl.arange(0, ROWS)).to(tl.int64)
     col = tile % PARTS * COLS + tl.arange(0, COLS)
     live = t < tokens
     mask = live[:, None] & (col < DIM)[None, :]
     codes = _bytes_at(tl.load(frames_ptr + n) + tl.load(row + _FRAME))
-    code = tl.load(codes + ((h * tokens + t) * DIM)[:, None] + col[None, :], mask=mask, other=0)
+    code = tl.load(codes + ((head * tokens + t) * DIM)[:, None] + col[None, :], mask=mask, other=0)
     scales = codes + _padded(tl.load(row + _HEADS) * tokens * DIM)
-    scale, bad = _scales(scales, (h * chunks + chunk) * DIM + col, col < DIM)
+    scale, bad = _scales(scales, (head * chunks + chunk) * DIM + col, col < DIM)
     step = code.to(tl.int8, bitcast=True).to(tl.float32)
     address, known = _addresses(row, offsets_ptr, n, t, h, live, count_blocks, count_units)
     mask = known[:, None] & (col < DIM)[None, :]
@@ -440,12 +448,8 @@ def encode_channels_kernel(  # type: ignore[no-untyped-def]
 ):
     HALF: tl.constexpr = DIM // 2
     PARTS: tl.constexpr = (HALF + COLS - 1) // COLS
-    n = (first_block + tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    row = components_ptr + tl.program_id(1).to(tl.int64) * _COLUMNS
-    chunks = (tokens + _CHUNK - 1) // _CHUNK
-    h = (tile // (chunks * PARTS)).to(tl.int64)
-    chunk = tile // PARTS % chunks
+    n, tile, row = _job(components_ptr, first_block, tiles)
+    h, chunk, chunks = _chunk(tile, tokens, PARTS)
     t = chunk * _CHUNK + tl.arange(0, ROWS)
     col = tile % PARTS * COLS + tl.arange(0, COLS)
     live = t < tokens
@@ -485,6 +489,8 @@ def decode_channels_kernel(  # type: ignore[no-untyped-def]
     count_units,
     tokens,
     tiles,
+    first_head,
+    heads,  # that the cache has
     KIND: tl.constexpr,
     DIM: tl.constexpr,
     CACHE_ALIGN: tl.constexpr,
@@ -493,21 +499,18 @@ def decode_channels_kernel(  # type: ignore[no-untyped-def]
 ):
     HALF: tl.constexpr = DIM // 2
     PARTS: tl.constexpr = (HALF + COLS - 1) // COLS
-    n = (first_block + tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    row = components_ptr + tl.program_id(1).to(tl.int64) * _COLUMNS
-    chunks = (tokens + _CHUNK - 1) // _CHUNK
-    h = (tile // (chunks * PARTS)).to(tl.int64)
-    chunk = tile // PARTS % chunks
+    n, tile, row = _job(components_ptr, first_block, tiles)
+    h, chunk, chunks = _chunk(tile, tokens, PARTS)
+    head = first_head + h  # in the frame
     t = (chunk * _CHUNK + tl.arange(0, ROWS)).to(tl.int64)
     col = tile % PARTS * COLS + tl.arange(0, COLS)
     live = t < tokens
     mask = live[:, None] & (col < HALF)[None, :]
     codes = _bytes_at(tl.load(frames_ptr + n) + tl.load(row + _FRAME))
-    place = ((h * tokens + t) * HALF)[:, None] + col[None, :]
+    place = ((head * tokens + t) * HALF)[:, None] + col[None, :]
     code = tl.load(codes + place, mask=mask, other=0).to(tl.int32)
     pairs = codes + _padded(tl.load(row + _HEADS) * tokens * HALF)
-    at = (h * chunks + chunk) * DIM + col
+    at = (head * chunks + chunk) * DIM + col
     low_0, scale_0, bad_0 = _pairs(pairs, at, col < HALF)
     low_1, scale_1, bad_1 = _pairs(pairs, at + HALF, col < HALF)
     lower = (code & 15).to(tl.float32) * scale_0[None, :] + low_0[None, :]
@@ -537,9 +540,7 @@ def encode_groups_kernel(  # type: ignore[no-untyped-def]
     COLS: tl.constexpr,  # a power of two, at least half of DIM
 ):
     HALF: tl.constexpr = DIM // 2
-    n = (first_block + tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    row = components_ptr + tl.program_id(1).to(tl.int64) * _COLUMNS
+    n, tile, row = _job(components_ptr, first_block, tiles)
     count = tl.load(row + _HEADS).to(tl.int32) * tokens
     r = tile * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
@@ -589,6 +590,8 @@ def decode_groups_kernel(  # type: ignore[no-untyped-def]
     count_units,
     tokens,
     tiles,
+    first_head,
+    heads,  # that the cache has
     KIND: tl.constexpr,
     DIM: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -597,21 +600,20 @@ def decode_groups_kernel(  # type: ignore[no-untyped-def]
     COLS: tl.constexpr,
 ):
     HALF: tl.constexpr = DIM // 2
-    n = (first_block + tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    row = components_ptr + tl.program_id(1).to(tl.int64) * _COLUMNS
+    n, tile, row = _job(components_ptr, first_block, tiles)
     count = tl.load(row + _HEADS).to(tl.int32) * tokens
     r = tile * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, COLS)
-    live = r < count
+    live = r < heads * tokens
+    at = first_head * tokens + r  # in the frame
     mask = live[:, None] & (col < HALF)[None, :]
     codes = _bytes_at(tl.load(frames_ptr + n) + tl.load(row + _FRAME))
-    code = tl.load(codes + (r.to(tl.int64) * HALF)[:, None] + col[None, :], mask=mask, other=0).to(
+    code = tl.load(codes + (at.to(tl.int64) * HALF)[:, None] + col[None, :], mask=mask, other=0).to(
         tl.int32
     )
     pairs = codes + _padded(count.to(tl.int64) * HALF)
-    low_0, scale_0, bad_0 = _pairs(pairs, r * GROUPS, live)
-    low_1, scale_1, bad_1 = _pairs(pairs, r * GROUPS + (GROUPS - 1), live)
+    low_0, scale_0, bad_0 = _pairs(pairs, at * GROUPS, live)
+    low_1, scale_1, bad_1 = _pairs(pairs, at * GROUPS + (GROUPS - 1), live)
     lower = (code & 15).to(tl.float32) * scale_0[:, None] + low_0[:, None]
     upper = (code >> 4).to(tl.float32) * scale_1[:, None] + low_1[:, None]
     address, known = _addresses(
@@ -660,9 +662,7 @@ def encode_rotated_kernel(  # type: ignore[no-untyped-def]
 ):
     HALF: tl.constexpr = WIDTH // 2
     PIECES: tl.constexpr = DIM // WIDTH
-    n = (first_block + tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    row = components_ptr + tl.program_id(1).to(tl.int64) * _COLUMNS
+    n, tile, row = _job(components_ptr, first_block, tiles)
     count = tl.load(row + _HEADS).to(tl.int32) * tokens * PIECES
     r = tile * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, WIDTH)
@@ -718,6 +718,8 @@ def decode_rotated_kernel(  # type: ignore[no-untyped-def]
     count_units,
     tokens,
     tiles,
+    first_head,
+    heads,  # that the cache has
     KIND: tl.constexpr,
     DIM: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -726,19 +728,18 @@ def decode_rotated_kernel(  # type: ignore[no-untyped-def]
 ):
     HALF: tl.constexpr = WIDTH // 2
     PIECES: tl.constexpr = DIM // WIDTH
-    n = (first_block + tl.program_id(0) // tiles).to(tl.int64)
-    tile = tl.program_id(0) % tiles
-    row = components_ptr + tl.program_id(1).to(tl.int64) * _COLUMNS
+    n, tile, row = _job(components_ptr, first_block, tiles)
     count = tl.load(row + _HEADS).to(tl.int32) * tokens * PIECES
     r = tile * ROWS + tl.arange(0, ROWS)
     col = tl.arange(0, WIDTH)
     half = tl.arange(0, HALF)
-    live = r < count
+    live = r < heads * tokens * PIECES
+    at = first_head * tokens * PIECES + r  # in the frame
     line = r // PIECES
     codes = _bytes_at(tl.load(frames_ptr + n) + tl.load(row + _FRAME))
-    place = (r.to(tl.int64) * HALF)[:, None] + half[None, :]
+    place = (at.to(tl.int64) * HALF)[:, None] + half[None, :]
     code = tl.load(codes + place, mask=live[:, None], other=0).to(tl.int32)
-    scale, bad = _scales(codes + _padded(count.to(tl.int64) * HALF), r, live)
+    scale, bad = _scales(codes + _padded(count.to(tl.int64) * HALF), at, live)
     l_0 = _level((code & 15).to(tl.float32) - 7.5)
     l_1 = _level((code >> 4).to(tl.float32) - 7.5)
     matrix = rotation_ptr + half[:, None] * WIDTH + col[None, :]
@@ -866,13 +867,6 @@ def rotation(width: int, encodes: bool) -> npt.NDArray[np.float16]:
     return np.ascontiguousarray(matrix, np.float16)
 
 
-def alignment(table: Rows, components: npt.NDArray[np.int64], ids: Ids | None = None) -> int:
-    """Return the bytes, 16 at most and a power of two, that divide the address of every row."""
-    columns = [rows.BASE, rows.TOKEN_CACHE, rows.HEAD_CACHE]
-    given = (components[:, columns], table.offsets if ids is None else ids.strides)
-    return math.gcd(16, *(int(np.gcd.reduce(each, axis=None)) for each in given))
-
-
 def _launch(
     scheme: str,
     table: Rows,
@@ -883,13 +877,15 @@ def _launch(
     encodes: bool,
 ) -> None:
     quant.check(scheme, table, blocks, segments)
+    if encodes:
+        table.expect_whole()
     chosen = table.segments[slice(*segments)]
     if blocks[0] == blocks[1] or len(chosen) == 0:
         return
     first = int(chosen[:, rows.FIRST].min())
     last = int((chosen[:, rows.FIRST] + chosen[:, rows.COUNT]).max())
     assert int(chosen[:, rows.COUNT].sum()) == last - first  # one stretch of components
-    components = table.components[first:last]
+    components, kept = table.components[first:last], table.counts[first:last]
     on = launcher(device)
     _, count_blocks, count_units = table.offsets.shape
     offsets = on.table(table.offsets) if ids is None else ids.offsets(table, on)
@@ -898,14 +894,18 @@ def _launch(
     if not quant.by_channel(scheme, True):
         shapes[:, 2] = 1
     for heads, dim, keys in np.unique(shapes, axis=0).tolist():
-        mine = np.ascontiguousarray(components[(shapes == (heads, dim, keys)).all(axis=1)])
-        how = plan(scheme, encodes, heads, table.tokens, dim, table.dtype, bool(keys))
+        which = (shapes == (heads, dim, keys)).all(axis=1)
+        mine, count = np.ascontiguousarray(components[which]), int(kept[which][0])
+        how = plan(scheme, encodes, count, table.tokens, dim, table.dtype, bool(keys))
         tables = [on.table(mine), offsets, frames]
         if scheme == "rot4":
             tables.append(on.table(rotation(quant.piece(dim), encodes)))
         grid = ((blocks[1] - blocks[0]) * how.tiles, len(mine))
-        counts = (blocks[0], count_blocks, count_units, table.tokens, how.tiles)
-        constants = how.constants | {"CACHE_ALIGN": alignment(table, mine, ids)}
+        counts = [blocks[0], count_blocks, count_units, table.tokens, how.tiles]
+        if not encodes:
+            counts += [table.heads[0], count]
+        align = table.alignment(mine, table.offsets if ids is None else ids.strides)
+        constants = how.constants | {"CACHE_ALIGN": align}
         on.run(how.kernel, grid, (*tables, *counts), constants, num_warps=how.warps)
 
 
@@ -923,7 +923,9 @@ def _variant(
     tables = {"components_ptr": "*i64", "offsets_ptr": "*i64", "frames_ptr": "*i64"}
     if scheme == "rot4":
         tables["rotation_ptr"] = "*fp16"
-    counts = ("first_block", "count_blocks", "count_units", "tokens", "tiles")
+    counts = ["first_block", "count_blocks", "count_units", "tokens", "tiles"]
+    if not encodes:
+        counts += ["first_head", "heads"]
     across = {"rot4": "WIDTH", "int8": "COLS", "fp8": "COLS"}.get(scheme)
     count, width = (how.constants[name] for name in ("ROWS", across or "COLS"))
     assert isinstance(count, int) and isinstance(width, int)

@@ -410,6 +410,7 @@ _TABLES = (
 )
 
 
+_HEADS = (types.int64, types.int64)  # first and last of those that the cache has
 _VERDICTS = types.Array(types.uint8, 2, "C")
 _SIGNS = types.Array(types.float32, 1, "C")
 
@@ -516,11 +517,13 @@ def _decode_columns(
     codes_at: int,
     scales_at: int,
     values: Any,
+    first_head: int,
+    last_head: int,
 ) -> None:
-    heads, dim = row[4], row[5]
+    dim = row[5]
     chunks = (tokens + CHUNK - 1) // CHUNK
     scale = np.empty(dim, np.float32)
-    for h in range(heads):
+    for h in range(first_head, last_head):
         for chunk in range(chunks):
             start = chunk * CHUNK
             words = carray(_halves_at(scales_at + 2 * (h * chunks + chunk) * dim), dim)
@@ -533,8 +536,8 @@ def _decode_columns(
                 codes = carray(_bytes_at(codes_at + (h * tokens + t) * dim), dim)
                 for i in range(dim):
                     values[i] = F32(np.int8(codes[i])) * scale[i]
-                target = _row_at(offsets, row, n, t, h)
-                _fetch(_row_at(offsets, row, n, t, min(h + 1, heads - 1)), dim, kind, 1)
+                target = _row_at(offsets, row, n, t, h - first_head)
+                _fetch(target + (row[3] if h + 1 < last_head else 0), dim, kind, 1)
                 _store(values, target, dim, kind)
                 if bad:
                     for i in range(dim):
@@ -585,7 +588,7 @@ def _encode_rows(
             _finish_planes(codes_at, scales_at, count * dim, 2 * count)
 
 
-@_compiled(*_TABLES, types.float32, _VERDICTS)
+@_compiled(*_TABLES, *_HEADS, types.float32, _VERDICTS)
 def _decode_rows(
     components: Any,
     offsets: Any,
@@ -596,6 +599,8 @@ def _decode_rows(
     n: int,
     first: int,
     last: int,
+    first_head: int,
+    last_head: int,
     most: Any,
     verdicts: Any,
 ) -> None:
@@ -607,16 +612,18 @@ def _decode_rows(
             row = components[c]
             heads, dim = row[4], row[5]
             count = heads * tokens
+            end = min(last_head, heads)
             codes_at, scales_at = _planes(frames, row, n, count * dim)
             if row[6] and most == F32(127):
-                _decode_columns(offsets, row, n, tokens, kind, codes_at, scales_at, values)
+                given = (offsets, row, n, tokens, kind, codes_at, scales_at, values)
+                _decode_columns(*given, first_head, end)
                 continue
             scales = carray(_halves_at(scales_at), count)
             for t in range(tokens):
-                for h in range(heads):
-                    at = h * tokens + t
-                    target = _row_at(offsets, row, n, t, h)
-                    _fetch(_row_at(offsets, row, n, min(t + 1, tokens - 1), h), dim, kind, 1)
+                for h in range(first_head, end):
+                    at, own = h * tokens + t, h - first_head
+                    target = _row_at(offsets, row, n, t, own)
+                    _fetch(_row_at(offsets, row, n, min(t + 1, tokens - 1), own), dim, kind, 1)
                     word = scales[at]
                     if word & np.uint16(0x7F80) == np.uint16(0x7F80):
                         _store_nan(target, dim, kind)
@@ -675,13 +682,22 @@ def _encode_channels(
 
 @register_jitable
 def _decode_channels(
-    offsets: Any, row: Any, n: int, tokens: int, kind: int, codes_at: int, pairs_at: int, tile: Any
+    offsets: Any,
+    row: Any,
+    n: int,
+    tokens: int,
+    kind: int,
+    codes_at: int,
+    pairs_at: int,
+    tile: Any,
+    first_head: int,
+    last_head: int,
 ) -> None:
-    heads, dim = row[4], row[5]
+    dim = row[5]
     half = dim // 2
     chunks = (tokens + CHUNK - 1) // CHUNK
     values, scale, low = tile[0], tile[1], tile[2]
-    for h in range(heads):
+    for h in range(first_head, last_head):
         for chunk in range(chunks):
             start = chunk * CHUNK
             pairs = carray(_words_at(pairs_at + 4 * (h * chunks + chunk) * dim), dim)
@@ -698,8 +714,8 @@ def _decode_channels(
                     j = i + half
                     values[i] = F32(np.int32(codes[i] & np.uint8(15))) * scale[i] + low[i]
                     values[j] = F32(np.int32(codes[i] >> np.uint8(4))) * scale[j] + low[j]
-                target = _row_at(offsets, row, n, start + t, h)
-                _fetch(_row_at(offsets, row, n, start + t, min(h + 1, heads - 1)), dim, kind, 1)
+                target = _row_at(offsets, row, n, start + t, h - first_head)
+                _fetch(target + (row[3] if h + 1 < last_head else 0), dim, kind, 1)
                 _store(values, target, dim, kind)
                 if bad:
                     for i in range(dim):
@@ -753,7 +769,16 @@ def _encode_groups(
 
 @register_jitable
 def _decode_groups(
-    offsets: Any, row: Any, n: int, tokens: int, kind: int, codes_at: int, pairs_at: int, tile: Any
+    offsets: Any,
+    row: Any,
+    n: int,
+    tokens: int,
+    kind: int,
+    codes_at: int,
+    pairs_at: int,
+    tile: Any,
+    first_head: int,
+    last_head: int,
 ) -> None:
     heads, dim = row[4], row[5]
     half = dim // 2
@@ -762,7 +787,7 @@ def _decode_groups(
     pairs = carray(_words_at(pairs_at), heads * tokens * groups)
     item = 4 if kind == KIND_F32 else 2
     for t in range(tokens):
-        for h in range(heads):
+        for h in range(first_head, last_head):
             at = h * tokens + t
             pair_0, pair_1 = pairs[groups * at], pairs[groups * at + groups - 1]
             codes = carray(_bytes_at(codes_at + at * half), half)
@@ -771,7 +796,7 @@ def _decode_groups(
             for i in range(half):
                 values[i] = F32(np.int32(codes[i] & np.uint8(15))) * scale_0 + low_0
                 values[i + half] = F32(np.int32(codes[i] >> np.uint8(4))) * scale_1 + low_1
-            target = _row_at(offsets, row, n, t, h)
+            target = _row_at(offsets, row, n, t, h - first_head)
             _store(values, target, dim, kind)
             if pair_0 & U32(0x7F80_0000) == U32(0x7F80_0000):
                 _store_nan(target, half, kind)
@@ -815,7 +840,7 @@ def _encode_int4(
             _finish_planes(codes, pairs, nbytes, pair_bytes)
 
 
-@_compiled(*_TABLES, _VERDICTS)
+@_compiled(*_TABLES, *_HEADS, _VERDICTS)
 def _decode_int4(
     components: Any,
     offsets: Any,
@@ -826,6 +851,8 @@ def _decode_int4(
     n: int,
     first: int,
     last: int,
+    first_head: int,
+    last_head: int,
     verdicts: Any,
 ) -> None:
     tile = np.empty((3, components[:, 5].max()), np.float32)
@@ -836,10 +863,11 @@ def _decode_int4(
             row = components[c]
             nbytes = row[4] * tokens * row[5] // 2
             codes, pairs = _planes(frames, row, n, nbytes)
+            given = (offsets, row, n, tokens, kind, codes, pairs, tile)
             if row[6]:
-                _decode_channels(offsets, row, n, tokens, kind, codes, pairs, tile)
+                _decode_channels(*given, first_head, min(last_head, row[4]))
             else:
-                _decode_groups(offsets, row, n, tokens, kind, codes, pairs, tile)
+                _decode_groups(*given, first_head, min(last_head, row[4]))
 
 
 @register_jitable
@@ -916,7 +944,7 @@ def _encode_rot4(
             _finish_planes(codes_at, scales_at, count * half, 2 * count)
 
 
-@_compiled(*_TABLES, _SIGNS, _VERDICTS, sums=True)
+@_compiled(*_TABLES, *_HEADS, _SIGNS, _VERDICTS, sums=True)
 def _decode_rot4(
     components: Any,
     offsets: Any,
@@ -927,6 +955,8 @@ def _decode_rot4(
     n: int,
     first: int,
     last: int,
+    first_head: int,
+    last_head: int,
     signs: Any,
     verdicts: Any,
 ) -> None:
@@ -946,8 +976,8 @@ def _decode_rot4(
             codes_at, scales_at = _planes(frames, row, n, count * half)
             scales = carray(_halves_at(scales_at), count)
             for t in range(tokens):
-                for h in range(heads):
-                    target = _row_at(offsets, row, n, t, h)
+                for h in range(first_head, min(last_head, heads)):
+                    target = _row_at(offsets, row, n, t, h - first_head)
                     for p in range(pieces):
                         at = (h * tokens + t) * pieces + p
                         codes = carray(_bytes_at(codes_at + at * half), half)
@@ -999,7 +1029,7 @@ def decode(
 ) -> None:
     """Decode the good ones of one block's segments: see `quant.decode`."""
     tables = (rows.components, rows.offsets, rows.segments, rows.frames)
-    given = (*tables, rows.tokens, KINDS[rows.dtype], n, *segments)
+    given = (*tables, rows.tokens, KINDS[rows.dtype], n, *segments, *rows.heads)
     if scheme in STEPS:
         _decode_rows()(*given, STEPS[scheme], verdicts)
     elif scheme == "int4":

@@ -6,13 +6,14 @@ token by token whatever the order of the axes in the cache is, so that a range o
 of bytes of each plane. Called by codecs; the tables are made by `kvengine.cache`.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from kvengine.kernels.copy import Span
+from kvengine.kernels.copy import Memory, Span, expect
 
 # columns of Rows.components
 BASE, GROUP, TOKEN_CACHE, HEAD_CACHE, HEADS, DIM, KEYS, FRAME = range(8)
@@ -22,6 +23,7 @@ FIRST, COUNT, OFFSET, NBYTES = range(4)
 
 # Bytes of an element of each dtype whose values codecs know.
 ITEM_BYTES: Mapping[str, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+ALL_HEADS = (0, 1 << 16)  # no component has more
 
 Int64s = npt.NDArray[np.int64]
 
@@ -38,9 +40,11 @@ class Rows:
     segments: int64[S, 4], first component, count of components, offset in the payload, nbytes.
     frames: int64[N], address of each frame's payload: a multiple of 16, as FRAME and OFFSET are.
     tokens: of a block. dtype: one of ITEM_BYTES.
+    heads: (first, last) of those that the cache has, last excluded: a frame has all HEADS, verified
+        together, and those are decoded. Frames are made of all heads only.
 
     The row of head h of token t of component c of block n begins at
-        BASE + offsets[GROUP, n, t if U > 1 else 0] + t * TOKEN_CACHE + h * HEAD_CACHE
+        BASE + offsets[GROUP, n, t if U > 1 else 0] + t * TOKEN_CACHE + (h - first) * HEAD_CACHE
     Addresses are not checked, and whoever made them keeps the memory alive. All tables are
     C-contiguous. Raises ValueError for a table of the wrong dtype or shape, TypeError for an
     unknown dtype.
@@ -52,39 +56,52 @@ class Rows:
     frames: Int64s
     tokens: int
     dtype: str
+    heads: Span = ALL_HEADS
     block_nbytes: int = field(init=False)  # of the caller's elements
 
     def __post_init__(self) -> None:
         if self.dtype not in ITEM_BYTES:
             known = ", ".join(ITEM_BYTES)
             raise TypeError(f"elements of {self.dtype}: codecs know {known}; copy them as they are")
-        blocks = len(self.frames)
-        for name, table, shape in (
-            ("components", self.components, (None, COLUMNS)),
-            ("segments", self.segments, (None, 4)),
-            ("frames", self.frames, (None,)),
-            ("offsets", self.offsets, (None, blocks, None)),
-        ):
-            fits = table.ndim == len(shape) and all(
-                want in (None, have) for want, have in zip(shape, table.shape, strict=False)
-            )
-            if not fits or table.dtype != np.int64 or not table.flags.c_contiguous:
-                wanted = ", ".join("n" if size is None else str(size) for size in shape)
-                raise ValueError(
-                    f"{name} is {table.dtype}{list(table.shape)}, expected C-contiguous "
-                    f"int64[{wanted}]"
-                )
+        expect("components", self.components, np.int64, (None, COLUMNS))
+        expect("segments", self.segments, np.int64, (None, 4))
+        expect("frames", self.frames, np.int64, (None,))
+        expect("offsets", self.offsets, np.int64, (None, len(self.frames), None))
         if self.offsets.shape[2] not in (1, self.tokens):
             raise ValueError(
                 f"offsets of {self.offsets.shape[2]} units a block, expected 1 or {self.tokens}"
             )
-        elements = int((self.components[:, HEADS] * self.components[:, DIM]).sum()) * self.tokens
+        first, last = self.heads
+        most = int(self.components[:, HEADS].min(initial=last))
+        if not 0 <= first < last or (last > most and self.heads != ALL_HEADS):
+            raise ValueError(f"heads {first} to {last} are not within the {most} of the rows")
+        elements = int((self.counts * self.components[:, DIM]).sum()) * self.tokens
         object.__setattr__(self, "block_nbytes", elements * self.item_bytes)
+
+    @property
+    def counts(self) -> Int64s:
+        """How many heads of each component the cache has."""
+        first, last = self.heads
+        found: Int64s = np.minimum(self.components[:, HEADS], last) - first
+        return found
 
     @property
     def item_bytes(self) -> int:
         """Bytes of an element."""
         return ITEM_BYTES[self.dtype]
+
+    def expect_whole(self) -> None:
+        """Raise ValueError for a table that would leave frames half-filled."""
+        if (self.counts < self.components[:, HEADS]).any():
+            raise ValueError(
+                f"heads {self.heads[0]} to {self.heads[1]} were given to fill frames of "
+                f"{int(self.components[:, HEADS].max())}: give a cache of all heads"
+            )
+
+    def alignment(self, components: Int64s, offsets: Int64s) -> int:
+        """Return the bytes, 16 at most and a power of two, that divide every row's address."""
+        columns = components[:, [BASE, TOKEN_CACHE, HEAD_CACHE]]
+        return math.gcd(16, *(int(np.gcd.reduce(each, axis=None)) for each in (columns, offsets)))
 
     def words(self, block: int, component: int) -> npt.NDArray[np.unsignedinteger]:
         """Copy a component's elements out of the cache, as words [heads, tokens, dim]."""
@@ -92,54 +109,25 @@ class Rows:
         return views[0].copy() if len(views) == 1 else np.concatenate(views, axis=1)
 
     def put(self, block: int, component: int, words: npt.NDArray[np.unsignedinteger]) -> None:
-        """Copy a component's elements into the cache; words [heads, tokens, dim]."""
-        at = 0
+        """Copy a component's elements, words [all heads, tokens, dim], to those that it has."""
+        at, words = 0, words[slice(*self.heads)]
         for view in self._views(block, component):
             view[...] = words[:, at : at + view.shape[1]]
             at += view.shape[1]
 
     def _views(self, block: int, component: int) -> list[npt.NDArray[np.unsignedinteger]]:
         """View a component in the cache: [heads, tokens, dim], or one [heads, 1, dim] a token."""
-        row = self.components[component].tolist()
+        row, heads = self.components[component].tolist(), int(self.counts[component])
         offsets = self.offsets[row[GROUP], block].tolist()
         count = self.tokens // len(offsets)
         return [
             np.asarray(
                 Memory(
                     row[BASE] + offset,
-                    (row[HEADS], count, row[DIM]),
+                    (heads, count, row[DIM]),
                     (row[HEAD_CACHE], row[TOKEN_CACHE], self.item_bytes),
                     self.item_bytes,
                 )
             )
             for offset in offsets
         ]
-
-    def check_ranges(self, blocks: Span, segments: Span) -> None:
-        """Raise ValueError for ranges that are not within the tables."""
-        for name, (first, last), count in (
-            ("blocks", blocks, len(self.frames)),
-            ("segments", segments, len(self.segments)),
-        ):
-            if not 0 <= first <= last <= count:
-                raise ValueError(f"{name} {first} to {last} are not within the {count} of the rows")
-
-
-class Memory:
-    """Unsigned words at an address, as numpy takes them."""
-
-    def __init__(
-        self, address: int, shape: tuple[int, ...], strides: tuple[int, ...] | None, item: int
-    ) -> None:
-        self.__array_interface__ = {
-            "data": (address, False),
-            "shape": shape,
-            "strides": strides,
-            "typestr": f"<u{item}" if item > 1 else "|u1",
-            "version": 3,
-        }
-
-
-def plane(address: int, nbytes: int) -> npt.NDArray[np.uint8]:
-    """View bytes at an address."""
-    return np.asarray(Memory(address, (nbytes,), None, 1))

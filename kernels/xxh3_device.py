@@ -346,10 +346,12 @@ def digest_spans(addresses: Int64s, nbytes: Int64s, out: Any, device: str | Laun
 def chunk_of(moves: Moves, ids: Ids | None = None) -> int:
     """Return the bytes of the pieces by which segments are copied and digested in one pass.
 
-    0 where they cannot be: a segment that is no multiple of 64 bytes, a component that does not
-    begin on a KiB of its segment, addresses that are no multiples of 16.
+    0 where they cannot be: a table of a few heads, a segment that is no multiple of 64 bytes, a
+    component that does not begin on a KiB of its segment, addresses that are no multiples of 16.
     """
-    if device.alignment(moves, ids) < CHUNK_MIN or (moves.segments[:, copy.NBYTES] % STRIPE).any():
+    if not moves.whole or device.alignment(moves, ids) < CHUNK_MIN:
+        return 0
+    if (moves.segments[:, copy.NBYTES] % STRIPE).any():
         return 0
     for first, count, offset, _ in moves.segments.tolist():
         if ((moves.components[first : first + count, copy.FRAME] - offset) % KIB).any():

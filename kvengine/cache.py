@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvengine.adapters.array import View, view
 from kvengine.errors import LayoutError
-from kvengine.kernels.copy import Moves
+from kvengine.kernels.copy import Moves, Span
 from kvengine.kernels.rows import Rows
 from kvengine.layout import ITEM_BYTES, Layout, Part
 
@@ -37,11 +37,19 @@ class PagedCache:
 
     paged NHD [blocks, block_tokens, heads, dim], paged HND [blocks, heads, block_tokens, dim],
     else NHD [tokens, heads, dim], HND [heads, tokens, dim]; opaque: [blocks, page_bytes] of a
-    1-byte dtype. Arrays stay the caller's; they are kept alive by this object.
+    1-byte dtype. Arrays stay the caller's; they are kept alive by this object. `heads`: the arrays
+    have these of the layout's heads alone, first to last, last excluded (None: all): blocks are
+    verified whole, and these heads of them loaded. Such a cache cannot be saved from.
     Raises LayoutError naming the layer, what was given and what was expected.
     """
 
-    def __init__(self, layout: Layout, arrays: Sequence[object], writable: bool = True) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        arrays: Sequence[object],
+        writable: bool = True,
+        heads: Span | None = None,
+    ) -> None:
         if len(arrays) != layout.layers:
             raise LayoutError(
                 f"caches of {len(arrays)} layers, the namespace's layout has {layout.layers}: give "
@@ -49,6 +57,18 @@ class PagedCache:
             )
         self.layout = layout
         self.writable = writable
+        self.heads = heads or (0, layout.kv_heads)
+        self.whole = self.heads == (0, layout.kv_heads)
+        if not 0 <= self.heads[0] < self.heads[1] <= layout.kv_heads:
+            raise LayoutError(
+                f"heads {self.heads} of a cache, expected (first, last) within the "
+                f"{layout.kv_heads} of the namespace's layout, last excluded"
+            )
+        if not self.whole and layout.part_count > 1:
+            raise LayoutError(
+                f"heads {self.heads} of blocks of {layout.part_count} parts: name whole parts with "
+                "names.part(heads=...), or open a layout of one"
+            )
         self._views: list[View] = []
         self._strides: list[Strides] = []
         self.blocks = self.tokens = -1
@@ -97,9 +117,9 @@ class PagedCache:
         if slot_mapping is not None:
             if self._by_token is None:
                 self._by_token = self._table(by_token=True)
-            return Moves(self._by_token, offsets, self.segments, frames)
+            return Moves(self._by_token, offsets, self.segments, frames, self.whole)
         assert self._by_block is not None
-        return Moves(self._by_block, offsets, self.segments, frames)
+        return Moves(self._by_block, offsets, self.segments, frames, self.whole)
 
     def rows(
         self,
@@ -131,6 +151,7 @@ class PagedCache:
             frames,
             layout.block_tokens,
             layout.dtype,
+            self.heads,
         )
 
     def _offsets(
@@ -234,8 +255,8 @@ class PagedCache:
                 blocks, page_tokens = shape[0], layout.block_tokens
                 strides = Strides(stride[0], 0, 0, stride[1])
         else:
-            nhd = layout.order == "NHD"
-            names = ("tokens", layout.kv_heads) if nhd else (layout.kv_heads, "tokens")
+            nhd, heads = layout.order == "NHD", self.heads[1] - self.heads[0]
+            names = ("tokens", heads) if nhd else (heads, "tokens")
             expected = ("blocks", *names, dim) if layout.paged else (*names, dim)
             fits = len(shape) == len(expected) and all(
                 isinstance(want, str) or want == have
@@ -307,24 +328,24 @@ class PagedCache:
             if layout.is_opaque:
                 pattern: tuple[int, ...] = (1, 0, 0, 1, 0, 0, layout.head_dim, 0)
             else:
-                pattern = self._pattern(
-                    strides, layout.head_dims[part] * layout.item_bytes, by_token
-                )
+                run = layout.head_dims[part] * layout.item_bytes
+                pattern = self._pattern(strides, run, by_token)
+                tokens = 1 if layout.order == "NHD" else layout.block_tokens
+                start += self.heads[0] * tokens * run
             rows.append((given.address, self._groups[number], *pattern, start))
         return np.array(rows, dtype=np.int64)
 
     def _pattern(self, strides: Strides, run: int, by_token: bool) -> tuple[int, ...]:
         """Return (outer, its strides, inner, its strides, run, unit stride in the frame)."""
-        layout = self.layout
-        tokens, heads = layout.block_tokens, layout.kv_heads
-        if layout.order == "NHD":
-            axes = [(tokens, strides.token, heads * run), (heads, strides.head, run)]
-            unit = heads * run
+        tokens, heads = self.layout.block_tokens, self.heads[1] - self.heads[0]
+        if self.layout.order == "NHD":
+            unit = self.layout.kv_heads * run
+            axes = [(tokens, strides.token, unit), (heads, strides.head, run)]
         else:
             axes = [(heads, strides.head, tokens * run), (tokens, strides.token, run)]
             unit = run
         if by_token:
-            axes.pop(0 if layout.order == "NHD" else 1)
+            axes.pop(0 if self.layout.order == "NHD" else 1)
         while axes and (axes[-1][0] == 1 or axes[-1][1] == axes[-1][2] == run):
             run *= axes.pop()[0]
         while len(axes) < 2:

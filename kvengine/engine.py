@@ -188,13 +188,19 @@ class Engine:
         return made
 
     def cache(
-        self, namespace: Namespace, arrays: Sequence[object], *, writable: bool = True
+        self,
+        namespace: Namespace,
+        arrays: Sequence[object],
+        *,
+        writable: bool = True,
+        heads: tuple[int, int] | None = None,
     ) -> PagedCache:
         """Check the caller's arrays once, for many calls of `save` and `load`.
 
-        arrays: one item a layer, as kvengine.cache.PagedCache says. Raises LayoutError.
+        arrays: one item a layer, as kvengine.cache.PagedCache says. heads: (first, last) of the
+        layout's heads that they have, last excluded; None: all. Raises LayoutError.
         """
-        return PagedCache(namespace.view.layout, arrays, writable)
+        return PagedCache(namespace.view.layout, arrays, writable, heads)
 
     # What is held
 
@@ -718,6 +724,11 @@ class Engine:
             raise LayoutError("this PagedCache was made for a namespace of another layout")
         if writable and not caches.writable:
             raise LayoutError("this PagedCache was made for saving only: make it with engine.cache")
+        if not writable and not caches.whole:
+            raise LayoutError(
+                f"this PagedCache has heads {caches.heads} of {layout.kv_heads}: blocks are saved "
+                "whole, from a cache of all heads"
+            )
         return caches
 
     def _asked(

@@ -1,6 +1,7 @@
 """kvengine.codec, by the engine's verbs: lossy blocks are close, verified, and never exact ones."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import msgspec
 import numpy as np
@@ -223,6 +224,47 @@ def test_an_overfull_block_is_saved_in_the_spare_form(engine):
     for block in range(POOL):
         worst = 0.0 if block % 3 == 1 else WORST["fp8"]
         assert error(of, source, [block], target, [block]) <= worst
+
+
+OF_FOUR = {
+    "bf16": rig.layout(dtype="bfloat16", kv_heads=4, head_dim=64, head_dim_v=80),
+    "hnd": rig.layout(dtype="float16", kv_heads=4, head_dim=80, head_dim_v=96, order="HND"),
+    "flat": rig.layout(dtype="float32", kv_heads=4, head_dim=48, head_dim_v=128, paged=False),
+}
+
+
+@pytest.mark.parametrize("scheme", ("exact", *quant.SCHEMES))
+@pytest.mark.parametrize("name", OF_FOUR)
+def test_a_cache_of_some_heads_gets_those(engine, scheme, name):
+    of, places = OF_FOUR[name], [1, 8, 4, 6, 0]
+    names = rig.names(engine, of, fidelity=scheme)
+    keys = names.keys(rig.prompt(5, of))
+    assert rig.save(engine, keys, normal(of, POOL), [7, 0, 3, 8, 2]).good.all()
+    whole = rig.caches(of, POOL)
+    assert rig.load(engine, keys, whole, places).good.all()
+    axis = -2 if of.order == "NHD" else -3
+    for first, last in ((1, 3), (3, 4)):
+        below(engine)
+        rank = replace(of, kv_heads=last - first)
+        for how in ({"table": places}, {"slot_mapping": rig.slots_of(of, places)}):
+            target = rig.caches(rank, POOL)
+            loaded = rig.load(engine, keys, engine.cache(names, target, heads=(first, last)), **how)
+            assert loaded.good.all()
+            for given, found in zip(whole, target, strict=True):
+                for one, other in zip(given, found, strict=True):
+                    cut = np.take(one.view(np.uint8), range(first, last), axis)
+                    assert np.array_equal(cut, other.view(np.uint8))
+    assert engine.stats()["corrupt_blocks"] == 0
+    with pytest.raises(LayoutError, match=r"has heads \(3, 4\) of 4: blocks are saved whole"):
+        engine.save(keys, engine.cache(names, target, heads=(3, 4)), places)
+    for heads in ((0, 5), (2, 2), (-1, 2)):
+        with pytest.raises(LayoutError, match="expected .first, last. within the 4 of"):
+            engine.cache(names, target, heads=heads)
+    with pytest.raises(LayoutError, match="has shape .*, expected"):
+        engine.cache(names, target, heads=(0, 2))
+    cut = rig.names(engine, replace(of, head_parts=2), fidelity=scheme)
+    with pytest.raises(LayoutError, match="of blocks of 2 parts: name whole parts with"):
+        engine.cache(cut, target, heads=(3, 4))
 
 
 def test_a_scheme_has_a_codec():

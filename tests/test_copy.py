@@ -71,6 +71,7 @@ class Setup:
         self, case: Case, seed: int = 0, place: Callable[[np.ndarray], np.ndarray] = np.asarray
     ) -> None:
         rng = np.random.default_rng(seed)
+        self.case = case
         tokens, heads, count = case.tokens, case.heads, len(case.blocks)
         lead = (POOL, tokens) if case.paged else (POOL * tokens,)
         width = sum(case.dims)
@@ -327,6 +328,69 @@ def test_two_threads_share_one_table(name: str, require: Callable[[str], ModuleT
     check_caches(setup, before, case)
 
 
+def some_heads(setup: Setup, first: int, last: int) -> Moves:
+    """The moves of a cache that has these heads alone: here they lie in the whole one."""
+    moves, order = setup.moves, setup.case.order
+    components = moves.components.copy()
+    count, cache, frame = copy.INNER, copy.INNER_CACHE, copy.INNER_FRAME
+    if order == "HND":
+        count, cache, frame = copy.OUTER, copy.OUTER_CACHE, copy.OUTER_FRAME
+    components[:, count] = last - first
+    components[:, copy.BASE] += first * components[:, cache]
+    components[:, copy.FRAME] += first * components[:, frame]
+    return Moves(components, moves.offsets, moves.segments, moves.frames, whole=False)
+
+
+SOME_HEADS = [case for case in CASES if case.heads > 1 and len(case.blocks)]
+
+
+@pytest.mark.parametrize("case", SOME_HEADS, ids=lambda case: case.name)
+def test_some_heads_are_scattered_and_no_others(case: Case, way: str) -> None:
+    setup = Setup(case)
+    setup.memory[:] = setup.wanted
+    wanted, poison = heads_of(setup, 1, case.heads)
+    moves = some_heads(setup, 1, case.heads)
+    moves.check()
+    verdicts = np.full(setup.digests.shape[:2], POISON, np.uint8)
+    ways(way)[1](moves, *setup.everything, setup.digests, verdicts)
+    assert (verdicts == copy.GOOD).all()
+    assert all(map(np.array_equal, setup.caches, wanted))
+    # A head that the cache does not have has a wrong byte: the segment is bad, and not copied.
+    setup.memory[setup.starts[0]] ^= 1
+    for cache in setup.caches:
+        cache[...] = POISON
+    ways(way)[1](moves, (0, 1), (0, 1), setup.digests, verdicts)
+    assert verdicts[0, 0] == copy.BAD
+    assert all(map(np.array_equal, setup.caches, poison))
+
+
+def heads_of(setup: Setup, first: int, last: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Poison the caches; return what they then hold with some heads of the table, and without."""
+    setup.empty_caches()
+    poison = [cache.copy() for cache in setup.caches]
+    verdicts = np.zeros(setup.digests.shape[:2], np.uint8)
+    copy.scatter_reference(setup.moves, *setup.everything, setup.digests, verdicts)
+    wanted = [cache.copy() for cache in setup.caches]
+    setup.empty_caches()
+    for cache in wanted:
+        cache[..., :first, :] = POISON
+        cache[..., last:, :] = POISON
+    return wanted, poison
+
+
+def test_frames_are_not_made_of_some_heads(way: str) -> None:
+    setup = Setup(CASES[0])
+    moves = some_heads(setup, 0, 1)
+    if way != "reference":
+        with pytest.raises(ValueError, match="a table of a few heads was given to fill frames"):
+            ways(way)[0](moves, *setup.everything, setup.digests)
+    for column, value in ((copy.FRAME, 5121), (copy.RUN, 0), (copy.INNER_FRAME, -1)):
+        bad = some_heads(setup, 0, 2)
+        bad.components[0, column] = value
+        with pytest.raises(ValueError, match="component 0 reaches from byte .* within 0 to 10240"):
+            bad.check()
+
+
 def test_read_only_tables_are_taken(way: str) -> None:
     setup = Setup(CASES[0])
     for table in (setup.moves.components, setup.moves.offsets, setup.digests):
@@ -439,7 +503,21 @@ def on_device() -> None:
         check_caches(setup, before, case)
         if len(case.blocks) > 2:
             ranged(device, case)
+        if case.name in ("paged_nhd", "slots_paged_hnd", "odd_bytes"):
+            of_some_heads(device, case)
         print(case.name)
+
+
+def of_some_heads(device: ModuleType, case: Case) -> None:
+    setup = Setup(case, place=gpu.reachable)
+    setup.memory[:] = setup.wanted
+    wanted, _ = heads_of(setup, 1, 2)
+    moves = some_heads(setup, 1, 2)
+    device.scatter(moves, *setup.everything, gpu.device())
+    gpu.settle()
+    assert all(map(np.array_equal, setup.caches, wanted)), f"scatter of a head {case}"
+    with pytest.raises(ValueError, match="a table of a few heads"):
+        device.gather(moves, *setup.everything, gpu.device())
 
 
 def ranged(device: ModuleType, case: Case) -> None:

@@ -307,6 +307,45 @@ def test_one_flipped_bit_is_bad(way: str) -> None:
     assert setup.run(ways(way)[1]).tolist() == [[GOOD, BAD]]
 
 
+def some_heads(setup: Setup, first: int, last: int) -> Rows:
+    """The rows of a cache that has these heads alone: here they lie in the whole one."""
+    components = setup.rows.components.copy()
+    components[:, rows.BASE] += first * components[:, rows.HEAD_CACHE]
+    return replace(setup.rows, components=components, heads=(first, last))
+
+
+def of_some_heads(setup: Setup, first: int, last: int) -> list[np.ndarray]:
+    """Encode a case and poison its caches; return what they hold with some heads decoded."""
+    setup.encoded()
+    wanted = setup.empty_caches()
+    for cache in wanted:
+        cache[..., :first, :] = cache[..., last:, :] = POISON << 8 | POISON
+    return wanted
+
+
+@pytest.mark.parametrize("streams", [0, 1 << 40], ids=["streamed", "cached"])
+@pytest.mark.parametrize(
+    "case", [case for case in CASES if case.heads > 1 and case.blocks], ids=lambda case: case.name
+)
+def test_some_heads_are_decoded_and_no_others(
+    case: Case, streams: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copy, "STREAM_NBYTES", streams)
+    for first, last in ((0, 1), (1, case.heads), (case.heads - 1, case.heads)):
+        setup = Setup(case)
+        wanted = of_some_heads(setup, first, last)
+        few = some_heads(setup, first, last)
+        encode, decode = ways(way)
+        decode(few, *setup.everything, setup.digests, setup.verdicts)
+        assert (setup.verdicts == GOOD).all()
+        assert all(map(np.array_equal, setup.caches, wanted))
+        setup.memory[0] ^= 1  # of the first head: the whole segment is bad
+        decode(few, (0, 1), (0, 1), setup.digests, setup.verdicts)
+        assert setup.verdicts[0, 0] == BAD
+        with pytest.raises(ValueError, match=f"heads {first} to {last} were given to fill frames"):
+            encode(few, *setup.everything, setup.digests, setup.verdicts)
+
+
 @pytest.mark.parametrize("name", ["hnd", "several_tiles", "many_tokens", "heads_apart"])
 def test_hostile_bytes_decode_to_something_within_the_block(name: str, way: str) -> None:
     """Bytes that no coder wrote, whose digests are right, give the reference's words."""
@@ -418,6 +457,17 @@ def interpret() -> None:
         lossless_device.decode(ours.rows, *ours.everything, on)
         gpu.settle()
         assert all(map(np.array_equal, ours.caches, theirs.caches)), f"hostile {fill}"
+    for name in ("hnd", "several_tiles", "heads_of_80_by_token"):
+        case = next(case for case in CASES if case.name == name)
+        ours = Setup(case, place=gpu.reachable)
+        wanted = of_some_heads(ours, 1, case.heads)
+        few = some_heads(ours, 1, case.heads)
+        lossless_device.decode(few, *ours.everything, on)
+        gpu.settle()
+        assert all(map(np.array_equal, ours.caches, wanted)), f"heads of {name}"
+        with pytest.raises(ValueError, match="were given to fill frames"):
+            found = on.table(np.full_like(ours.verdicts, GOOD))
+            lossless_device.encode(few, *ours.everything, found, on)
     ranged(lossless_device, on)
     lost(lossless_device, on)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import gpu
-from kvengine.kernels import copy, launch, quant
+from kvengine.kernels import copy, launch, quant, rows
 from kvengine.kernels.digest import digest
 from kvengine.kernels.rows import Rows
 
@@ -244,6 +244,59 @@ def test_ranges_touch_only_their_own(
     assert all((cache == poison).all() for cache in whole.caches[2:])
 
 
+def some_heads(setup: Setup, first: int, last: int) -> Rows:
+    """The rows of a cache that has these heads alone: here they lie in the whole one."""
+    components = setup.rows.components.copy()
+    components[:, rows.BASE] += first * components[:, rows.HEAD_CACHE]
+    return replace(setup.rows, components=components, heads=(first, last))
+
+
+def encoded(case: Case, scheme: str, **how: object) -> tuple[Setup, list[np.ndarray]]:
+    """Frames of a case, its caches poisoned, and what those hold once all is decoded."""
+    setup = Setup(case, scheme, **how)
+    quant.encode(scheme, setup.rows, *setup.everything, setup.digests, native=False)
+    setup.poison()
+    given = (setup.digests, setup.verdicts)
+    quant.decode(scheme, setup.rows, *setup.everything, *given, native=False)
+    whole = [cache.copy() for cache in setup.caches]
+    setup.poison()
+    return setup, whole
+
+
+def check_heads(scheme: str, setup: Setup, whole: list[np.ndarray], first: int, last: int) -> None:
+    """The heads are what they are when all are decoded, and every other byte is poison."""
+    for found, wanted in zip(setup.caches, whole, strict=True):
+        wanted[..., :first, :] = wanted[..., last:, :] = wanted.dtype.type(
+            0xA5A5_A5A5 & np.iinfo(wanted.dtype).max
+        )
+        assert alike(scheme, found, wanted, setup.case.dtype)
+
+
+@each_scheme
+@pytest.mark.parametrize("native", [True, False], ids=["native", "plain"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.heads > 1 and case.blocks])
+def test_some_heads_are_decoded_and_no_others(
+    scheme: str, case: Case, native: bool, require: Callable[[str], ModuleType]
+) -> None:
+    if native:
+        require("numba")
+    for first, last in ((0, 1), (1, case.heads)):
+        setup, whole = encoded(case, scheme)
+        few = some_heads(setup, first, last)
+        given = (setup.digests, setup.verdicts)
+        quant.decode(scheme, few, *setup.everything, *given, native=native)
+        assert (setup.verdicts == copy.GOOD).all()
+        check_heads(scheme, setup, whole, first, last)
+        setup.poison()
+        setup.memory[setup.starts[0]] ^= 1  # of the first head: the whole segment is bad
+        quant.decode(scheme, few, (0, 1), (0, 1), *given, native=native)
+        assert setup.verdicts[0, 0] == copy.BAD and setup.untouched()
+        with pytest.raises(ValueError, match=f"heads {first} to {last} were given to fill frames"):
+            quant.encode(scheme, few, *setup.everything, setup.digests, native=native)
+    with pytest.raises(ValueError, match=f"are not within the {case.heads} of the rows"):
+        some_heads(setup, 0, case.heads + 1)
+
+
 def test_int8_is_the_nearest_step_of_the_largest() -> None:
     """Against another formulation, in double precision."""
     setup = Setup(replace(CASES[6], dims=(64, 64)), "int8", ordinary=True)
@@ -432,6 +485,8 @@ def on_device() -> None:
                 assert alike(scheme, found, wanted, case.dtype), (scheme, case)
             print(f"{scheme}:{case.name}")
         a_range(scheme)
+        for case in (CASES[1], CASES[8]):
+            of_some_heads(scheme, case)
         by_ids(scheme)
 
 
@@ -454,6 +509,18 @@ def a_range(scheme: str) -> None:
     wanted[part] = whole.memory[part]
     differ = (setup.memory != wanted).sum()
     assert differ <= (nbytes / 1000 if scheme == "rot4" else 0)
+
+
+def of_some_heads(scheme: str, case: Case) -> None:
+    from kvengine.kernels import quant_device
+
+    setup, whole = encoded(case, scheme, place=gpu.reachable)
+    few = some_heads(setup, 1, case.heads)
+    quant_device.decode(scheme, few, *setup.everything, gpu.device())
+    gpu.settle()
+    check_heads(scheme, setup, whole, 1, case.heads)
+    with pytest.raises(ValueError, match="were given to fill frames"):
+        quant_device.encode(scheme, few, *setup.everything, gpu.device())
 
 
 def by_ids(scheme: str) -> None:
