@@ -220,8 +220,8 @@ def test_a_cache_checked_once_serves_its_layout_only(engine):
 
 
 LAYOUTS = [
-    ({"layer_parts": 2}, "2 x 1 parts .*expected 1 x 1: open the engine in one process"),
-    ({"head_parts": 4}, "1 x 4 parts"),
+    ({"layer_parts": 3}, r"layer_parts must divide Layout.layers \(2\), got 3"),
+    ({"head_parts": 4}, r"head_parts must divide Layout.kv_heads \(2\), got 4"),
     ({"attention": "sliding"}, "'sliding' is not supported yet, expected 'full'"),
     ({"attention": "state"}, "'state' is not supported"),
     ({"dtype": "float8"}, "'float8' is not one of .*float8_e4m3fn"),
