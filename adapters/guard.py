@@ -1,7 +1,7 @@
 """The outer border of an adapter: a fault of ours is counted and becomes a miss, never an error.
 
-Several faults in a row are a pause, in which the engine is not asked: a serving engine is not to
-pay for each of its requests that something here is broken.
+Several faults in a short time are a pause, in which the engine is not asked: a serving engine is
+not to pay for each of its requests that something here is broken.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ class Guard:
         self._engine = engine
         self._adapter = adapter
         self._clock = clock
-        self._failures, self._away_until = 0, 0.0
+        self._failures, self._away_until, self._failed_at = 0, 0.0, 0.0
 
     def guarded(self, verb: Callable[[], R], otherwise: Callable[[], R]) -> R:
         """Do `verb`; where it fails, or in a pause, do `otherwise`."""
         if self._clock() < self._away_until:
             return otherwise()
         try:
-            done = verb()
+            return verb()
         except ClosedError:
             return otherwise()  # closed, or a forked child: nothing of the engine may be touched
         except Exception:
             self._engine.metrics.add("adapter_errors", 1, adapter=self._adapter)
-            self._failures += 1
+            now = self._clock()
+            self._failures = self._failures + 1 if now < self._failed_at + PAUSE_S else 1
+            self._failed_at = now
             if self._failures >= FAILURES_MAX:
-                self._failures, self._away_until = 0, self._clock() + PAUSE_S
+                self._failures, self._away_until = 0, now + PAUSE_S
             return otherwise()
-        self._failures = 0
-        return done

@@ -3,13 +3,16 @@
     cache = PrefixCache(engine, model)
     output = cache.generate(input_ids, max_new_tokens=64)
 
-Bytes move once each way: from a layer's own tensors [1, heads, tokens, dim] into frames, and from
-frames into tensors that become the layer's own. (transformers itself copies them once more when it
-appends.) Tried with transformers 5.19.
+One prompt or a batch of them, each on from what is held of it; samples and beams of a prompt share
+one load, and blocks are stored once. Blocks are saved while tokens stream, each when it is full.
+Bytes move once each way: from a layer's own tensors [rows, heads, tokens, dim] into frames, and
+from frames into tensors that become the layer's own. (transformers itself copies them once more
+when it appends to a dynamic cache.) Tried with transformers 5.19.
 """
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -17,7 +20,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from transformers.cache_utils import DynamicCache
+from transformers import StoppingCriteriaList
+from transformers.cache_utils import DynamicCache, StaticCache
 
 from kvengine.adapters.guard import Guard
 from kvengine.adapters.transformers_identity import (
@@ -25,28 +29,31 @@ from kvengine.adapters.transformers_identity import (
     check_model,
     describe,
     mark,
-    pairs,
     probe,
 )
+from kvengine.adapters.transformers_rows import Row, Rows, Stream, batch, rows_of
 from kvengine.engine import Engine
 from kvengine.errors import ModelNotSupported
 from kvengine.keys import BlockKeys, Namespace
+from kvengine.lease import Lease
+from kvengine.transfer import Transfer
 
 LOAD_S, SAVE_S = 10.0, 30.0
+DEFAULT_NEW_TOKENS = 20  # of transformers, where nobody says
 MARK = "kvengine_mark"  # on a cache that was begun here: of which weights it is
 # Options of generate under which the cache is not one prompt's own, by the value that is fine.
 SETTINGS = {
-    "num_beams": (None, 1),
-    "num_return_sequences": (None, 1),
     "use_cache": (None, True),
-    "cache_implementation": (None, "dynamic"),
+    "cache_implementation": (None, "static", "dynamic"),
     "prompt_lookup_num_tokens": (None,),
     "prefill_chunk_size": (None,),
     "penalty_alpha": (None,),
 }
+INSTEAD = {"prefill_chunk_size": "pass chunk_tokens"}
 REFUSED = ("past_key_values", "inputs_embeds", "assistant_model", "custom_generate")
 
 Ids = NDArray[np.int64]
+AnyCache = DynamicCache | StaticCache
 R = TypeVar("R")
 
 
@@ -55,8 +62,9 @@ class PrefixCache:
 
     Blocks are shared with every process that runs the same weights, configuration and dtype on the
     same directory. `revision` names the weights where hashing them is not wanted; `salt` separates
-    callers. What the engine cannot give is computed: only a model or call that cannot be mapped
-    raises (ModelNotSupported). Any thread may call, as far as the model allows it.
+    callers. With `measure` the engine is told what computing takes, and nothing is loaded that is
+    sooner computed. What the engine cannot give is computed: only a model or call that cannot be
+    mapped raises (ModelNotSupported). Any thread may call, as far as the model allows it.
     """
 
     def __init__(
@@ -67,13 +75,14 @@ class PrefixCache:
         block_tokens: int = 16,
         revision: str = "",
         salt: str = "",
+        measure: bool = True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         check_model(model)
         self.engine = engine
         self.model = model
         self.layout = probe(model, block_tokens)
-        self._salt = salt
+        self._salt, self._measure, self._clock = salt, measure, clock
         self._guard = Guard(engine, "transformers", clock)
         self._mark = mark(model)
         self._facts = describe(model, self.layout, revision)
@@ -85,34 +94,92 @@ class PrefixCache:
         *,
         past: DynamicCache | None = None,
         save: bool = True,
+        chunk_tokens: int = 0,
         **options: Any,
     ) -> Any:
         """Do `model.generate(input_ids, **options)`, on from what is held; return what that gives.
 
-        input_ids: int[1, tokens]. `past` is what `load` gave for them, where the caller has asked
-        before. With `save`, full blocks of the prompt and of what is generated are stored, so the
-        next turn of a chat finds them. Raises ModelNotSupported for a batch, padding, embeddings
-        or other inputs than tokens, beams, and caches of the caller's own.
+        input_ids: int[prompts, tokens], padded on the left with an attention_mask where lengths
+        differ. `past` is what `load` gave for one prompt, where the caller has asked before. With
+        `save`, full blocks of the prompts and of what is generated are stored as they fill, so the
+        next turn of a chat finds them (of beams, the prompts' only). `chunk_tokens`: compute long
+        prompts in pieces of so many tokens. cache_implementation may be "dynamic" or "static".
+        Raises ModelNotSupported for embeddings or other inputs than tokens, other padding, and
+        caches of the caller's own.
         """
-        self._check(input_ids, options)
-        if past is None or self._stale(past):
-            past = self.load(input_ids)
-        output = self.model.generate(input_ids, past_key_values=past, **options)
-        if save:
-            sequences = output if isinstance(output, torch.Tensor) else output.sequences
-            self.save(sequences, past)
+        rows = self._check(input_ids, options)
+        chosen = options.get("generation_config") or self.model.generation_config
+        beams = self._option(options, chosen, "num_beams") or 1
+        each = beams if beams > 1 else self._option(options, chosen, "num_return_sequences") or 1
+        if past is not None and not self._stale(past) and len(rows.rows) == 1:
+            rows.rows[0].held = rows.rows[0].good = past.get_seq_length()
+            cache: AnyCache = past
+        else:
+            static = self._option(options, chosen, "cache_implementation") == "static"
+            room = self._new_tokens(options, chosen) if static else -1
+            cache = self._begin(rows, room)
+        options.pop("cache_implementation", None)
+        if getattr(chosen, "cache_implementation", None):
+            chosen = options["generation_config"] = copy.copy(chosen)
+            chosen.cache_implementation = None  # the cache is given
+        ids, mask = rows.inputs() if rows.past else _given(input_ids, options)
+        if rows.past and rows.width != input_ids.shape[1]:
+            self._relate(options, chosen, input_ids.shape[1], rows.width)
+        if rows.past:
+            options["attention_mask"] = mask
+        stream = self._stream(rows, cache, each, beams) if save else None
+        if chunk_tokens:
+            self._chunks(ids, mask, cache, chunk_tokens, stream if each == 1 else None)
+        expand(cache, each)
+        if stream is not None and beams == 1:
+            given = options.pop("stopping_criteria", None) or []
+            options["stopping_criteria"] = StoppingCriteriaList([*given, stream])
+        output = self.model.generate(ids, past_key_values=cache, **options)
+        plain = isinstance(output, torch.Tensor)
+        sequences = output if plain else output.sequences
+        if stream is not None:
+            computed = min(int(cache.get_seq_length()), rows.width if beams > 1 else 1 << 62)
+            shown = ids.repeat_interleave(each, dim=0) if beams > 1 else sequences
+            stream.advance(shown, computed)
+            _settle(stream.transfers)
+        if ids is input_ids:
+            return output
+        copies = len(sequences) // len(input_ids)
+        prompts = input_ids.repeat_interleave(copies, dim=0)
+        whole = torch.cat([prompts, sequences[:, rows.width :]], dim=1)
+        if plain:
+            return whole
+        output.sequences = whole
         return output
 
-    def prefill(self, input_ids: torch.Tensor, *, save: bool = True) -> DynamicCache:
-        """Compute the K/V of a prompt, on from what is held, and store its full blocks."""
-        self._check(input_ids, {})
+    def prefill(
+        self, input_ids: torch.Tensor, *, save: bool = True, chunk_tokens: int = 0
+    ) -> DynamicCache:
+        """Compute the K/V of a prompt, on from what is held, and store its full blocks.
+
+        In pieces of `chunk_tokens`, each stored while the next is computed. Raises
+        ModelNotSupported.
+        """
+        rows = self._check(input_ids, {})
+        if len(rows.rows) != 1:
+            raise ModelNotSupported(f"{len(rows.rows)} prompts, expected one: prefill them apart")
         past = self.load(input_ids)
+        rows.rows[0].held = rows.rows[0].good = cached = past.get_seq_length()
+        stream = self._stream(rows, past, 1, 1) if save else None
+        ids = input_ids
+        if chunk_tokens:
+            mask = torch.ones_like(ids)
+            self._chunks(ids, mask, past, chunk_tokens, stream)
         with torch.no_grad():
             rest = input_ids[:, past.get_seq_length() :]
+            began = self._clock()
             # Only the last position's logits: those of a long prompt take more room than its K/V.
             self.model(rest, past_key_values=past, use_cache=True, logits_to_keep=1)
-        if save:
-            self.save(input_ids, past)
+        if not chunk_tokens:
+            self._observe(cached, rest.shape[1], self._clock() - began)
+        if stream is not None:
+            stream.advance(ids, ids.shape[1])
+            _settle(stream.transfers)
         return past
 
     def load(self, input_ids: torch.Tensor) -> DynamicCache:
@@ -121,10 +188,11 @@ class PrefixCache:
         `get_seq_length` of it says how many tokens that are; none where the engine is closed, or
         anything fails.
         """
-        ids = _ids(input_ids)
-        return self._guarded(lambda: self._load(ids), self._empty)
+        found = self._begin(Rows(input_ids, [Row(_ids(input_ids))]), -1)
+        assert isinstance(found, DynamicCache)
+        return found
 
-    def save(self, sequences: torch.Tensor, past: DynamicCache) -> int:
+    def save(self, sequences: torch.Tensor, past: AnyCache) -> int:
         """Store the full blocks of `past`, which holds the K/V of `sequences` int[1, tokens].
 
         Returns how many of them the engine holds now, and when their bytes have been taken. None
@@ -143,39 +211,139 @@ class PrefixCache:
 
     # Inside
 
-    def _load(self, ids: Ids) -> DynamicCache:
-        names, size = self._namespace(), self.layout.block_tokens
-        keys = names.keys(ids[: (len(ids) - 1) // size * size])
-        with self.engine.match(keys) as lease:
-            if not lease.blocks:
-                return self._empty()
-            shape = (1, self.layout.kv_heads, lease.blocks * size)
-            dtype = getattr(torch, self.layout.dtype)
-            loaded = [
-                tuple(torch.empty((*shape, dim), dtype=dtype) for dim in self.layout.head_dims)
-                for _ in range(self.layout.layers)
-            ]
-            arrays = [(k[0], v[0]) for k, v in loaded]
-            transfer = self.engine.load(lease, arrays, np.arange(lease.blocks))
-        if not transfer.wait(LOAD_S):
-            transfer.stop()  # it may still write, into tensors that nobody looks at
-            return self._empty()
-        tokens = transfer.blocks * size
-        past = self._empty()
-        if not tokens:
-            return past
-        for layer, (k, v) in zip(check_layers(past), loaded, strict=True):
-            layer.lazy_initialization(k, v)
-            layer.keys, layer.values = k[:, :, :tokens], v[:, :, :tokens]
-        return past
+    def _begin(self, rows: Rows, new_tokens: int) -> AnyCache:
+        """Return a cache that holds what the engine does of each row; `rows` says how much.
 
-    def _save(self, ids: Ids, past: DynamicCache) -> int:
+        new_tokens: -1 for a dynamic cache, else what a static one has room for beside the prompts.
+        """
+
+        def otherwise() -> AnyCache:
+            for row in rows.rows:
+                row.held = row.good = 0
+            return self._empty(rows.width + new_tokens if new_tokens >= 0 else 0)
+
+        return self._guarded(lambda: self._load(rows, new_tokens, otherwise), otherwise)
+
+    def _load(self, rows: Rows, new_tokens: int, otherwise: Callable[[], AnyCache]) -> AnyCache:
+        names, size = self._namespace(), self.layout.block_tokens
+        leases: list[Lease] = []
+        try:
+            for row in rows.rows:
+                keys = names.keys(row.ids[: (len(row.ids) - 1) // size * size])
+                leases.append(lease := self.engine.match(keys))
+                row.held = len(lease.worth) * size  # what is sooner loaded than computed
+            if not rows.past:
+                return otherwise()
+            # Room for the case that nothing held comes: then a row's tail is its whole prompt.
+            longest = rows.past + max(len(row.ids) for row in rows.rows)
+            cache = self._empty(longest + new_tokens if new_tokens >= 0 else 0)
+            layers = self._room(cache, len(rows.rows), rows.past)
+            under_way = [
+                self.engine.load(
+                    lease,
+                    batch(layers, index, rows.start(row), rows.past),
+                    np.arange(row.held // size),
+                )
+                for index, (row, lease) in enumerate(zip(rows.rows, leases, strict=True))
+            ]
+        finally:
+            for lease in leases:
+                lease.release()
+        if not _settle(under_way, LOAD_S):
+            return otherwise()  # they may still write, into tensors that nobody looks at
+        for row, transfer in zip(rows.rows, under_way, strict=True):
+            row.good = transfer.blocks * size
+        if not any(row.good for row in rows.rows):
+            return otherwise()
+        if len(rows.rows) == 1 and isinstance(cache, DynamicCache):
+            (row,) = rows.rows
+            row.held = row.good
+            for layer in layers:
+                layer.keys, layer.values = (
+                    each[:, :, : row.good] for each in (layer.keys, layer.values)
+                )
+        return cache
+
+    def _room(self, cache: AnyCache, count: int, columns: int) -> list[Any]:
+        """Give a new cache zeros for cached tokens: what is masked must still be a number."""
+        layers, dtype = check_layers(cache), getattr(torch, self.layout.dtype)
+        shape = (count, self.layout.kv_heads)
+        dims = self.layout.head_dims
+        for layer in layers:
+            if isinstance(cache, StaticCache):
+                layer.lazy_initialization(*(torch.empty(*shape, 0, d, dtype=dtype) for d in dims))
+                layer.cumulative_length.fill_(columns)
+            else:
+                k, v = (torch.zeros(*shape, columns, d, dtype=dtype) for d in dims)
+                layer.lazy_initialization(k, v)
+                layer.keys, layer.values = k, v
+        return layers
+
+    def _stream(self, rows: Rows, cache: AnyCache, each: int, beams: int) -> Stream | None:
+        """Save what fills from now on; where beams share a prompt, of the first one only."""
+
+        def make() -> Stream | None:
+            if self._stale(cache):
+                return None
+            names = self._namespace()
+            before = [names.keys(row.ids[: row.good]) for row in rows.rows]
+            first = [
+                (index * each + copy, rows.tail(row), before[index])
+                for index, row in enumerate(rows.rows)
+                for copy in range(1 if beams > 1 else each)
+            ]
+            alone, began = len(rows.rows) * each == 1, self._clock()
+            row = rows.rows[0]
+
+            def on_first() -> None:
+                if alone:
+                    self._observe(row.good, len(row.ids) - row.good, self._clock() - began)
+
+            def layers() -> list[Any]:
+                return check_layers(cache)
+
+            return Stream(self.engine, layers, first, self._guarded, on_first)
+
+        return self._guarded(make, lambda: None)
+
+    def _chunks(
+        self, ids: torch.Tensor, mask: torch.Tensor, cache: AnyCache, size: int, stream: Any
+    ) -> None:
+        """Compute all but the last column, `size` columns at a time; blocks are saved meanwhile."""
+        if size < 1:
+            raise ModelNotSupported(f"chunk_tokens is {size}, expected a number of tokens above 0")
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        last = ids.shape[1] - 1
+        for start in range(int(cache.get_seq_length()), last, size):
+            stop = min(start + size, last)
+            with torch.no_grad():
+                self.model(
+                    ids[:, start:stop],
+                    attention_mask=mask[:, :stop],
+                    position_ids=positions[:, start:stop],
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            if stream is not None:
+                stream.advance(ids, stop)
+
+    def _observe(self, position: int, tokens: int, seconds: float) -> None:
+        """Tell the engine what computing takes, so that it fetches only what is worth it."""
+
+        def tell() -> None:
+            self.engine.observe_prefill(self._namespace(), position, tokens, seconds)
+
+        if self._measure and seconds > 0:
+            self._guarded(tell, lambda: None)
+
+    def _save(self, ids: Ids, past: AnyCache) -> int:
         size = self.layout.block_tokens
-        blocks = min(len(ids), past.get_seq_length()) // size
+        blocks = min(len(ids), int(past.get_seq_length())) // size
         if not blocks or self._stale(past):
             return 0
         keys = self._namespace().keys(ids[: blocks * size])
-        arrays = [(k[0].detach(), v[0].detach()) for k, v in pairs(check_layers(past))]
+        arrays = batch(check_layers(past), 0, 0, blocks * size)
         transfer = self.engine.save(keys, arrays, np.arange(blocks))
         transfer.wait(SAVE_S)
         return int(transfer.good.sum())
@@ -198,12 +366,16 @@ class PrefixCache:
             salt=self._salt,
         )
 
-    def _empty(self) -> DynamicCache:
-        past = DynamicCache(config=self.model.config.get_text_config(decoder=True))
+    def _empty(self, columns: int = 0) -> AnyCache:
+        """Return a new cache: a static one of so many columns, or for 0 a dynamic one."""
+        config = self.model.config.get_text_config(decoder=True)
+        past: AnyCache = DynamicCache(config=config)
+        if columns:
+            past = StaticCache(config=config, max_cache_len=columns)
         setattr(past, MARK, mark(self.model))
         return past
 
-    def _stale(self, past: DynamicCache) -> bool:
+    def _stale(self, past: AnyCache) -> bool:
         """Whether the weights are others now than when this cache was begun."""
         now = mark(self.model)
         return bool(getattr(past, MARK, now) != now)
@@ -211,9 +383,8 @@ class PrefixCache:
     def _guarded(self, verb: Callable[[], R], otherwise: Callable[[], R]) -> R:
         return otherwise() if self.model.training else self._guard.guarded(verb, otherwise)
 
-    def _check(self, input_ids: torch.Tensor, options: dict[str, Any]) -> None:
-        """Raise ModelNotSupported for a call whose cache would not be that of these tokens."""
-        ids = _ids(input_ids)
+    def _check(self, input_ids: torch.Tensor, options: dict[str, Any]) -> Rows:
+        """Take the prompts; raises ModelNotSupported where the cache would not be theirs."""
         for name in REFUSED:
             if options.get(name) is not None:
                 raise ModelNotSupported(
@@ -222,11 +393,11 @@ class PrefixCache:
                 )
         chosen = options.get("generation_config") or self.model.generation_config
         for name, fine in SETTINGS.items():
-            value = options.get(name, getattr(chosen, name, None))
+            value = self._option(options, chosen, name)
             if value not in fine:
                 raise ModelNotSupported(
-                    f"{name} is {value!r}, expected {fine[-1]!r}: one sequence is generated from "
-                    "one prompt, with a cache of its own; or call model.generate"
+                    f"{name} is {value!r}, expected {fine[-1]!r}: a cache is to hold the tokens of "
+                    f"its own prompts; {INSTEAD.get(name, 'or call model.generate')}"
                 )
         for name, value in options.items():
             if isinstance(value, torch.Tensor) and name != "attention_mask":
@@ -235,28 +406,69 @@ class PrefixCache:
                     "call model.generate"
                 )
         mask = options.get("attention_mask")
+        rows = rows_of(input_ids, mask)
         pad, end = chosen.pad_token_id, chosen.eos_token_id
         ends = end if isinstance(end, list | tuple) else [end]
-        padded = mask is None and pad is not None and pad not in ends and bool((ids == pad).any())
-        if padded or (mask is not None and not bool(mask.all())):
+        pads = mask is None and pad is not None and pad not in ends
+        if pads and bool((input_ids == pad).any()):
             raise ModelNotSupported(
-                "the prompt is padded (attention_mask has zeros, or pad_token_id stands in it), "
-                "expected one without: its positions are not those of its tokens"
+                "the prompt is padded (pad_token_id stands in it) without an attention_mask: pass "
+                "the one that the tokenizer gives"
             )
+        return rows
+
+    def _option(self, options: dict[str, Any], chosen: Any, name: str) -> Any:
+        return options.get(name, getattr(chosen, name, None))
+
+    def _new_tokens(self, options: dict[str, Any], chosen: Any) -> int:
+        """Return as many tokens as may be generated, or more, for a cache of a fixed size."""
+        new = self._option(options, chosen, "max_new_tokens")
+        return int(new or self._option(options, chosen, "max_length") or DEFAULT_NEW_TOKENS)
+
+    def _relate(self, options: dict[str, Any], chosen: Any, given: int, width: int) -> None:
+        """Turn lengths that count the prompt as it was given into lengths that do not."""
+        for name, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            value = self._option(options, chosen, name)
+            if value and self._option(options, chosen, new) is None:
+                options[new] = max(value - given, 0)
+                options.pop(name, None)
+
+
+def expand(cache: AnyCache, copies: int) -> None:
+    """Let each row of a cache stand for so many samples or beams, without a copy where it can."""
+    if copies == 1 or not int(cache.get_seq_length()):
+        return
+    for layer in check_layers(cache):
+        rows = len(layer.keys)
+        for name in ("keys", "values"):
+            held = getattr(layer, name)
+            if rows == 1 and isinstance(cache, DynamicCache):
+                held = held.expand(copies, -1, -1, -1)
+            else:
+                held = held.repeat_interleave(copies, dim=0)
+            setattr(layer, name, held)
+        if isinstance(cache, StaticCache):
+            layer.batch_size = rows * copies
+
+
+def _given(input_ids: torch.Tensor, options: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    mask = options.get("attention_mask")
+    return input_ids, torch.ones_like(input_ids) if mask is None else mask
+
+
+def _settle(transfers: list[Transfer], timeout_s: float = SAVE_S) -> bool:
+    """Wait for transfers, all together for so long; what is late is stopped. False: some were."""
+    end = time.monotonic() + timeout_s
+    in_time = [transfer.wait(max(0.0, end - time.monotonic())) for transfer in transfers]
+    for transfer in transfers:
+        if not transfer.done():
+            transfer.stop()
+    return all(in_time)
 
 
 def _ids(input_ids: Any) -> Ids:
     """Return the tokens of one prompt; raises ModelNotSupported for anything else."""
-    shape = getattr(input_ids, "shape", None)
-    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.shape[0] != 1:
-        raise ModelNotSupported(
-            f"input_ids of shape {None if shape is None else list(shape)}, expected int[1, "
-            "tokens]: generate for one prompt at a time; a batch is not supported yet"
-        )
-    if input_ids.is_floating_point() or not input_ids.shape[1]:
-        raise ModelNotSupported(
-            f"input_ids of {input_ids.dtype} and {input_ids.shape[1]} tokens, expected at least "
-            "one integer token"
-        )
-    found: Ids = input_ids[0].cpu().numpy().astype(np.int64, copy=False)
-    return found
+    rows = rows_of(input_ids, None).rows
+    if len(rows) != 1:
+        raise ModelNotSupported(f"{len(rows)} prompts were given, expected one: int[1, tokens]")
+    return rows[0].ids

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 import transformers
 from blake3 import blake3
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticCache, StaticLayer
 
 from kvengine.errors import ModelNotSupported
 from kvengine.layout import ITEM_BYTES, Layout
@@ -24,6 +24,9 @@ PLACES = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash
 ROPE_BY_LENGTH = ("dynamic", "longrope")
 # Of K/V with and without later tokens: what kernels differ by is 0.01, another meaning is 1.
 CAUSAL_TOLERANCE = 0.1
+
+
+Layer = Any  # transformers is not typed
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,21 +144,29 @@ def check_model(model: Any) -> None:
             )
 
 
-def check_layers(cache: object) -> list[DynamicLayer]:
-    """Return the layers of a DynamicCache of full attention; raises ModelNotSupported."""
-    if type(cache) is not DynamicCache:
+KINDS = {DynamicCache: DynamicLayer, StaticCache: StaticLayer}
+
+
+def check_layers(cache: object) -> list[Layer]:
+    """Return the layers of a cache of full attention, dynamic or static.
+
+    Raises ModelNotSupported.
+    """
+    if type(cache) not in KINDS:
         raise ModelNotSupported(
-            f"a {type(cache).__name__} was given, expected a DynamicCache: static, quantised and "
-            "encoder-decoder caches are not supported"
+            f"a {type(cache).__name__} was given, expected a DynamicCache or StaticCache: "
+            "quantised and encoder-decoder caches are not supported"
         )
-    for index, layer in enumerate(cache.layers):
-        if type(layer) is not DynamicLayer:
+    kind = KINDS[type(cache)]
+    layers: list[Any] = list(cast(Any, cache).layers)
+    for index, layer in enumerate(layers):
+        if type(layer) is not kind:
             raise ModelNotSupported(
-                f"layer {index} keeps a {type(layer).__name__}, expected DynamicLayer (full "
+                f"layer {index} keeps a {type(layer).__name__}, expected {kind.__name__} (full "
                 "attention): sliding-window, recurrent and indexed layers are not supported yet; "
                 "generate without kvengine"
             )
-    return cast(list[DynamicLayer], list(cache.layers))
+    return layers
 
 
 def probe(model: Any, block_tokens: int) -> Layout:
@@ -195,7 +206,7 @@ def probe(model: Any, block_tokens: int) -> Layout:
     )
 
 
-def pairs(layers: list[DynamicLayer]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def pairs(layers: list[Layer]) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return K and V [1, heads, tokens, dim] of each layer; raises ModelNotSupported if empty."""
     found = []
     for index, layer in enumerate(layers):

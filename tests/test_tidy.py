@@ -79,6 +79,7 @@ LAYERS = (
     ("replay", "server", "web", "adapters.torch", "adapters.jax", "adapters.vllm_identity"),
     ("adapters.checkpoint", "adapters.guard", "adapters.sglang_pools"),
     ("adapters.transformers_identity", "adapters.sglang_identity", "demo.text", "demo.model"),
+    ("adapters.transformers_rows",),
     ("adapters.transformers", "adapters.vllm_halves"),
     ("adapters.vllm", "adapters.sglang", "demo", "demo.steps"),
     ("cli",),

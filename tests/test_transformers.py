@@ -313,20 +313,20 @@ def test_latent_attention_is_kept_as_it_lies(engine):
 @pytest.mark.parametrize(
     ("ids", "options", "says"),
     [
-        (torch.ones(2, 20, dtype=torch.long), {}, "one prompt at a time"),
-        (torch.ones(20, dtype=torch.long), {}, r"int\[1, tokens\]"),
+        (torch.ones(20, dtype=torch.long), {}, r"int\[prompts, tokens\]"),
         (torch.ones(1, 20), {}, "integer"),
         (torch.ones(1, 0, dtype=torch.long), {}, "at least one"),
         ([[1, 2]], {}, "input_ids"),
-        (None, {"num_beams": 2}, "num_beams is 2, expected 1"),
-        (None, {"num_return_sequences": 2, "do_sample": True}, "num_return_sequences"),
         (None, {"use_cache": False}, "use_cache is False"),
-        (None, {"cache_implementation": "static"}, "cache_implementation"),
-        (None, {"generation_config": transformers.GenerationConfig(num_beams=3)}, "num_beams"),
+        (None, {"cache_implementation": "quantized"}, "cache_implementation"),
+        (None, {"prefill_chunk_size": 8}, "pass chunk_tokens"),
+        (None, {"penalty_alpha": 0.5}, "penalty_alpha"),
         (None, {"past_key_values": object()}, "past_key_values"),
         (None, {"inputs_embeds": torch.ones(1, 20, 64)}, "inputs_embeds"),
         (None, {"pixel_values": torch.ones(1)}, "pixel_values is a tensor"),
-        (None, {"attention_mask": torch.tensor([[0] + [1] * 19])}, "padded"),
+        (None, {"attention_mask": torch.tensor([[1] * 19 + [0]])}, "padded on the left"),
+        (None, {"attention_mask": torch.zeros(1, 20, dtype=torch.long)}, "padded on the left"),
+        (None, {"attention_mask": torch.ones(1, 19)}, "that of input_ids"),
     ],
 )
 def test_calls_that_cannot_be_mapped_are_named(engine, model, ids, options, says):
@@ -341,9 +341,11 @@ def test_padding_by_token_and_foreign_caches_are_refused(engine, model):
     config = transformers.GenerationConfig(pad_token_id=int(ids[0, 3]), eos_token_id=511)
     with pytest.raises(ModelNotSupported, match="padded"):
         cache.generate(ids, generation_config=config)
-    static = transformers.StaticCache(config=model.config, max_cache_len=32)
-    with pytest.raises(ModelNotSupported, match="StaticCache"):
-        cache.save(ids, static)
+    quantised = object.__new__(transformers.QuantizedCache)
+    with pytest.raises(ModelNotSupported, match="a QuantizedCache was given"):
+        cache.save(ids, quantised)
+    with pytest.raises(ModelNotSupported, match="2 prompts"):
+        cache.load(ids.expand(2, -1))
     with pytest.raises(ModelNotSupported, match="layers"):
         cache.save(ids, transformers.DynamicCache(config=tiny(num_hidden_layers=2).config))
 
