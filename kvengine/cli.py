@@ -7,9 +7,9 @@ command, a setting, a file or a model is not as expected, 130 interrupted.
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -20,6 +20,10 @@ from kvengine import __version__
 from kvengine.errors import ConfigError, KVEngineError
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from kvengine.tiers.remote import Client
+    from kvengine.tiers.scrub import Report
     from kvengine.trace import Trace as Requests
 
 CHECK_FAILED, BAD_INPUT, INTERRUPTED = 1, 2, 130
@@ -72,40 +76,26 @@ Rate = Annotated[
 ]
 
 
-@app.command
-def verify(directory: Path, /, *, rate: Rate = None, as_json: Json = False) -> int:
-    """Read every block of a disk tier's directory, change nothing: exit 0, or 1 if one is damaged.
-
-    No engine may have it open.
-    """
-    return _walk(directory, False, rate, as_json)
+Place = Annotated[str, Parameter(help="A directory, or a URL that names one or a remote store.")]
 
 
 @app.command
-def scrub(
-    place: Annotated[str, Parameter(help="A directory, or a URL that names one.")],
-    /,
-    *,
-    rate: Rate = None,
-    as_json: Json = False,
-) -> int:
-    """Read every block of a disk tier, give damaged ones up, mend headers and footers: exit 0, or 1
-    if one was damaged.
+def verify(place: Place, /, *, rate: Rate = None, as_json: Json = False) -> int:
+    """Read every block of a tier, change nothing: exit 0, or 1 if one is damaged.
 
-    No engine may have it open.
+    No engine may have a directory open; those of a remote store may go on.
     """
-    from kvengine.config import Config
+    return _walk(place, False, rate, as_json)
 
-    directory = Path(place)
-    if "://" in place:
-        disk = Config.load(place)[0].disk
-        if disk is None:
-            raise ConfigError(
-                f"{place} names no directory: scrub mends those; a remote store gives a damaged "
-                "block up when it is next read"
-            )
-        directory = Path(disk.path)
-    return _walk(directory, True, rate, as_json)
+
+@app.command
+def scrub(place: Place, /, *, rate: Rate = None, as_json: Json = False) -> int:
+    """Read every block of a tier, give damaged ones up, mend headers and footers: exit 0, or 1 if
+    one was damaged.
+
+    No engine may have a directory open; those of a remote store may go on.
+    """
+    return _walk(place, True, rate, as_json)
 
 
 @configuration.command
@@ -350,17 +340,19 @@ def run(arguments: list[str]) -> int:
     return status if isinstance(status, int) else 0
 
 
-def _walk(directory: Path, mend: bool, rate: str | None, as_json: bool) -> int:
+def _walk(place: str, mend: bool, rate: str | None, as_json: bool) -> int:
+    from functools import partial
+
     from rich.progress import (
         BarColumn,
         DownloadColumn,
         Progress,
+        TextColumn,
         TimeRemainingColumn,
         TransferSpeedColumn,
     )
 
     from kvengine.config import size_bytes
-    from kvengine.tiers import scrub
 
     try:
         rate_bytes = size_bytes(rate) if rate is not None else None
@@ -369,6 +361,7 @@ def _walk(directory: Path, mend: bool, rate: str | None, as_json: bool) -> int:
     except ValueError:
         raise ConfigError(f"--rate {rate}: expected bytes a second, as in 200M") from None
     bar = Progress(
+        TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -377,23 +370,70 @@ def _walk(directory: Path, mend: bool, rate: str | None, as_json: bool) -> int:
         transient=True,
         disable=not sys.stderr.isatty(),
     )
+    reports = {}
     with bar:
-        task = bar.add_task("")
-        found = scrub.scrub(
-            directory,
-            mend=mend,
-            rate_bytes=rate_bytes,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+        for name, work in _scrubs(place).items():
+            progress = partial(_show, bar, bar.add_task(name))
+            reports[name] = work(mend=mend, rate_bytes=rate_bytes, progress=progress)
+    shown = {name: found.shown() for name, found in reports.items()}
     if as_json:
-        print(json.dumps(found.shown()))
-    else:
+        print(json.dumps(next(iter(shown.values())) if len(shown) == 1 else shown))
+    for name, facts in {} if as_json else shown.items():
         table = Table(box=None, show_header=False, pad_edge=False)
-        for name, value in found.shown().items():
+        for fact, value in ({"tier": name} | facts if len(shown) > 1 else facts).items():
             lines = value if isinstance(value, list) else [str(value)]
-            table.add_row(name, escape("\n".join(lines)))
+            table.add_row(fact, escape("\n".join(lines)))
         _console().print(table)
-    return 0 if found.whole else CHECK_FAILED
+    return 0 if all(found.whole for found in reports.values()) else CHECK_FAILED
+
+
+def _show(bar: "Progress", task: "TaskID", done: int, total: int) -> None:
+    bar.update(task, completed=done, total=total)
+
+
+def _scrubs(place: str) -> "dict[str, Callable[..., Report]]":
+    """Return what reads each tier of a place, by the tier's name."""
+    from functools import partial
+
+    from kvengine.config import Config
+    from kvengine.tiers import scrub
+
+    if "://" not in place:
+        return {"disk": partial(scrub.scrub, Path(place))}
+    try:
+        config = Config.load(place)[0]
+    except ConfigError:  # no secret is needed here
+        config = Config.load(place, options={"secret": bytes(32)})[0]
+    found: dict[str, Callable[..., Report]] = {}
+    if config.disk is not None:
+        found["disk"] = partial(scrub.scrub, Path(config.disk.path))
+    if config.valkey is not None:
+        from kvengine.tiers.valkey import ValkeyClient
+
+        valkey = config.valkey
+        make = partial(ValkeyClient, valkey)
+        found["valkey"] = partial(_scrub_store, make, valkey.prefix, timeout_s=valkey.timeout_s)
+    if config.objects is not None:
+        from kvengine.tiers.objects import ObjectsClient
+
+        objects = config.objects
+        make_objects = partial(ObjectsClient, objects)
+        found["objects"] = partial(_scrub_store, make_objects, "", timeout_s=objects.timeout_s)
+    if not found:
+        raise ConfigError(
+            f"{place} names no directory and no remote store: there is nothing to read"
+        )
+    return found
+
+
+def _scrub_store(make: "Callable[[], Client]", prefix: str, **how: Any) -> "Report":
+    from kvengine.tiers import scrub
+
+    client = make()
+    try:
+        return scrub.scrub_store(client, prefix, **how)
+    finally:
+        client.close()
 
 
 def _read_trace(file: Path, block_tokens: int | None, window_s: float) -> "Requests":

@@ -2,6 +2,7 @@
 
 import json
 import random
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ import pytest
 import faults
 import kvengine
 import rig
+import servers
+import test_tiers
 from kvengine import ConfigError, DirectoryInUse, cli
 from kvengine.tiers.scrub import scrub
 from simdisk import SimDisk
@@ -108,7 +111,8 @@ def test_the_commands(place, capsys):
     ("command", "says"),
     [
         (["verify", "/nonexistent"], "/nonexistent is not a directory"),
-        (["scrub", "mem://?size=1G"], "names no directory"),
+        (["scrub", "mem://?size=1G"], "names no directory and no remote store"),
+        (["verify", "valkey://127.0.0.1:1?timeout_s=0.1"], "the store does not answer"),
         (["verify", "{}", "--rate", "fast"], "--rate fast: expected bytes a second"),
         (["verify", "{}"], "has no superblock"),
     ],
@@ -126,3 +130,59 @@ def test_a_directory_in_use(tmp_path):
         scrub(tmp_path, mend=False)
     with pytest.raises(ConfigError):
         scrub(tmp_path / "other", mend=False)
+
+
+@pytest.fixture(params=["valkey", "cluster", "s3"])
+def store(request, require, tmp_path):
+    """A remote store: its URL, and how to put a value under a name."""
+    if request.param == "s3":
+        require("moto.server")
+        with servers.Moto() as moto:
+            url = f"s3://blocks/here?endpoint={moto.endpoint}&region=us-east-1"
+            yield url, moto.store("here").put
+        return
+    program = require.program("redis-server")
+    nodes = 1 if request.param == "valkey" else 2
+    started = [servers.Redis(program)] if nodes == 1 else servers.cluster(program, nodes, tmp_path)
+    try:
+
+        def put(name: str, value: bytes) -> None:
+            import valkey
+
+            for node in started:
+                with node.client() as client, suppress(valkey.ResponseError):
+                    client.set("k[v]*:" + name, value)
+                    return
+
+        url = f"valkey://127.0.0.1:{started[0].port}?prefix=k[v]*:&cluster={nodes - 1}"
+        yield url, put
+    finally:
+        for node in started:
+            node.__exit__()
+
+
+def test_a_remote_store(store, capsys, monkeypatch):
+    url, put = store
+    if url.startswith("s3://"):
+        monkeypatch.setenv("KVENGINE_OBJECTS_KEY_ID", "id")
+        monkeypatch.setenv("KVENGINE_OBJECTS_SECRET_KEY", "key")
+    secret = {"secret": bytes(range(32))}
+    with kvengine.open(f"mem://?size=4M | {url}", **secret) as engine:
+        keys = rig.names(engine, OF).keys(rig.prompt(6, OF))
+        rig.save(engine, keys, rig.caches(OF, 6, 1))
+    assert cli.run(["verify", url, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["blocks"], said["damaged blocks"], said["others"]) == (6, 0, 0)
+    bad = [keys.key(index).hex() for index in range(2)]
+    put(bad[0], b"x" * 20480)
+    put(bad[1], b"y")
+    put("ab" * 32, test_tiers.made(7))  # whole, under another's name
+    put("not a key", b"1")
+    for mend, blocks in (("verify", 4), ("scrub", 4)):
+        assert cli.run([mend, url, "--json"]) == 1
+        said = json.loads(capsys.readouterr().out)
+        assert (said["blocks"], said["damaged blocks"], said["others"]) == (blocks, 3, 1)
+        assert all(any(name in line for line in said["damaged"]) for name in [*bad, "ab" * 32])
+    assert cli.run(["verify", url, "--json", "--rate", "100M"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert (said["blocks"], said["damaged blocks"], said["others"]) == (4, 0, 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from functools import partial
 from importlib import import_module
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 ASK_THREADS = 16
 CLOSE_S = 10.0
+LIST_COUNT = 1000
 PROBED = "kvengine"  # asked for to see whether the store answers; need not be there
 CREDENTIALS = MappingProxyType(
     {"s3": ("access_key_id", "secret_access_key"), "az": ("account_name", "account_key")}
@@ -154,6 +155,16 @@ class ObjectsClient:
             self._there(until).delete(list(names))
         except FileNotFoundError:
             pass
+        except self._errors.BaseError as error:
+            raise ConnectionError(_first_line(error)) from error
+
+    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """See Client. One request for a thousand objects."""
+        try:
+            for table in self._there(float("inf")).list(chunk_size=LIST_COUNT):
+                for found in table:
+                    if found["path"].startswith(prefix):
+                        yield found["path"], found["size"]
         except self._errors.BaseError as error:
             raise ConnectionError(_first_line(error)) from error
 

@@ -73,6 +73,13 @@ class Client(Protocol):
         """Delete values; unknown names are no error."""
         ...
 
+    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """Yield the names that begin so and the size of each value, -1 where it is none of ours.
+
+        What comes and goes meanwhile may be missed, or named twice. Raises OSError.
+        """
+        ...
+
     def ping(self, until: float) -> None:
         """Make sure of a connection for `sizes`, and that the store answers."""
         ...

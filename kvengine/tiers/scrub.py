@@ -1,11 +1,14 @@
-"""Read all of a disk tier's directory while no engine has it: what is damaged, and giving it up.
+"""Read all of a tier: what is damaged, and giving it up.
 
-The bytes are verified as a read does it: slot header, frame header, every segment of the payload.
+A disk tier's directory, while no engine has it; or what a remote store holds, while engines may use
+it. The bytes are verified as a read does it: slot header, frame header, every segment of the
+payload.
 """
 
 from __future__ import annotations
 
 import mmap
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,17 +20,23 @@ from kvengine.errors import ConfigError, DirectoryInUse, FrameError
 from kvengine.tiers import Span, verify
 from kvengine.tiers.files import Files, OSFiles
 from kvengine.tiers.format import BLOCK, PAGE_BYTES
+from kvengine.tiers.remote import ABSENT, RATE_MIN, Client
 from kvengine.tiers.segments import Segment, Segments
 
 NAMES_MAX = 100
+NAME = re.compile(r"[0-9a-f]{64}", re.ASCII)
+BATCH_BYTES = 8 << 20
+VALUE_BYTES_MAX = 1 << 30
 
 
 @dataclass
 class Report:
     """How it went. `damaged_pages` are superblocks, segment headers, footers, slots of an unsealed
-    segment; `unreadable` what the disk would not give."""
+    segment; `unreadable` what the disk or the store would not give; `others` what stands in a store
+    under names that are none of ours."""
 
     segments: int = 0
+    others: int = 0
     blocks: int = 0
     nbytes: int = 0
     damaged_blocks: int = 0
@@ -46,6 +55,7 @@ class Report:
         """Give all by name, fit to be printed."""
         return {
             "segments": self.segments,
+            "others": self.others,
             "blocks": self.blocks,
             "bytes": self.nbytes,
             "damaged blocks": self.damaged_blocks,
@@ -99,6 +109,90 @@ def scrub(
         segments.close()
         files.close(owner)
     return found
+
+
+def scrub_store(
+    client: Client,
+    prefix: str,
+    *,
+    mend: bool,
+    timeout_s: float,
+    rate_bytes: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Report:
+    """Read every frame of a remote store, as `scrub` does. `mend`: delete damaged ones.
+
+    The client stays the caller's to close. Raises ConfigError where the store does not answer.
+    """
+    found, start = Report(mended=mend), clock()
+    try:
+        total = sum(max(0, size) for name, size in client.names(prefix) if _key_of(name, prefix))
+        batch: list[tuple[str, int]] = []
+        for name, size in client.names(prefix):
+            if not _key_of(name, prefix):
+                found.others += 1
+                continue
+            if batch and sum(size for _, size in batch) + size > min(
+                client.batch_bytes, BATCH_BYTES
+            ):
+                _check_batch(client, prefix, batch, found, timeout_s)
+                batch = []
+                progress(found.nbytes, max(total, found.nbytes))
+                if rate_bytes is not None:
+                    sleep(max(0.0, start + found.nbytes / rate_bytes - clock()))
+            batch.append((name, size))
+        _check_batch(client, prefix, batch, found, timeout_s)
+        progress(found.nbytes, found.nbytes)
+    except OSError as error:
+        raise ConfigError(f"the store does not answer ({error}): see that it runs") from error
+    found.seconds = clock() - start
+    return found
+
+
+def _key_of(name: str, prefix: str) -> bytes:
+    """Return the key that a name stands for, nothing where it is none of ours."""
+    match = NAME.fullmatch(name[len(prefix) :])
+    return bytes.fromhex(match[0]) if match else b""
+
+
+def _check_batch(
+    client: Client, prefix: str, batch: list[tuple[str, int]], found: Report, timeout_s: float
+) -> None:
+    """Read some frames, and delete those that are damaged if that is wanted."""
+    fine = range(1, VALUE_BYTES_MAX + 1)
+    bad = [(name, f"a value of {size} bytes") for name, size in batch if size not in fine]
+    batch = [(name, size) for name, size in batch if size in fine]
+    rooms = [memoryview(bytearray(size)) for _, size in batch]
+    left = set(range(len(batch)))
+
+    def arrived(index: int, size: int) -> None:
+        name, expected = batch[index]
+        left.discard(index)
+        if size == ABSENT:
+            return  # deleted, or expired, meanwhile
+        found.nbytes += expected
+        try:
+            if size != expected:
+                raise FrameError("another value than a moment ago")
+            verify(Span(_key_of(name, prefix), rooms[index], expected))
+            found.blocks += 1
+        except FrameError as error:
+            bad.append((name, str(error)))
+
+    nbytes = sum(size for _, size in batch)
+    if batch:
+        until = time.monotonic() + timeout_s + nbytes / RATE_MIN
+        client.get([name for name, _ in batch], rooms, until, arrived)
+    for index in sorted(left):
+        found.unreadable += 1
+        _note(found, f"{batch[index][0]}: no answer")
+    for name, said in bad:
+        found.damaged_blocks += 1
+        _note(found, f"{name}: {said}")
+    if found.mended and bad:
+        client.delete([name for name, _ in bad], time.monotonic() + timeout_s)
 
 
 def _walk(

@@ -8,6 +8,7 @@ times. A value appears whole or not at all, since SET is atomic.
 
 from __future__ import annotations
 
+import re
 import select
 import threading
 import time
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from valkey.connection import Connection
 
 IDLE_MAX = 32
+SCAN_COUNT = 1000
 # The store as a whole is not to be used now; other errors are one value's.
 AWAY = ("LOADING", "MASTERDOWN", "CLUSTERDOWN", "NOAUTH", "WRONGPASS", "NOPERM", "TRYAGAIN")
 
@@ -164,6 +166,26 @@ class ValkeyClient:
             return not (isinstance(reply, ReplyError) and self._moved(reply))
 
         self._each(keys, until, lambda index: [command(b"DEL", keys[index])], read)
+
+    def names(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """See Client. SCAN and STRLEN, node by node."""
+        self._learn(self._clock() + self._config.timeout_s)
+        pattern = re.sub(rb"([*?\[\]\\])", rb"\\\1", prefix.encode()) + b"*"
+        for address in {address: None for _, _, address in self._ranges} or {self._first: None}:
+            cursor = b"0"
+            while True:
+                until = self._clock() + self._config.timeout_s
+                with self._connection(address, until) as exchange:
+                    words = (b"SCAN", cursor, b"MATCH", pattern, b"COUNT", b"%d" % SCAN_COUNT)
+                    exchange.send([command(*words)])
+                    found, keys = _scanned(exchange.reply())
+                    exchange.send([command(b"STRLEN", key) for key in keys])
+                    sizes = [exchange.reply() for _ in keys]
+                for key, size in zip(keys, sizes, strict=True):
+                    if size != 0:  # expired meanwhile, or empty: a miss either way
+                        yield key.decode("latin-1"), size if isinstance(size, int) else -1
+                if (cursor := found) == b"0":
+                    break
 
     def ping(self, until: float) -> None:
         """See Client. Learns a cluster's slots where they are not known."""
@@ -354,6 +376,17 @@ def _readable(connection: Connection) -> bool:
     poll = select.poll()
     poll.register(connection._sock, select.POLLIN)
     return bool(poll.poll(0))
+
+
+def _scanned(reply: Reply) -> tuple[bytes, list[bytes]]:
+    """Read SCAN: the next cursor, and names."""
+    if isinstance(reply, ReplyError):
+        raise ConnectionError(str(reply))
+    cursor, names = strings(reply, 2)[:2]
+    found = [name for name in strings(names, 0) if isinstance(name, bytes)]
+    if not isinstance(cursor, bytes):
+        raise ConnectionError("a reply to SCAN without a cursor")
+    return cursor, found
 
 
 def _ranges(reply: Reply, host: str) -> list[tuple[int, int, Address]]:
