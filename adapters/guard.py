@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from kvengine.engine import Engine
+from kvengine import Client, Engine
 from kvengine.errors import ClosedError
 
 FAILURES_MAX, PAUSE_S = 3, 30.0
@@ -22,7 +22,7 @@ class Guard:
     """Runs an adapter's verbs. `adapter` is its name in the metrics. Any thread may call."""
 
     def __init__(
-        self, engine: Engine, adapter: str, clock: Callable[[], float] = time.monotonic
+        self, engine: Engine | Client, adapter: str, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._engine = engine
         self._adapter = adapter

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from transformers import StoppingCriteriaList
 from transformers.cache_utils import DynamicCache, StaticCache
 
+from kvengine import Client, Engine
 from kvengine.adapters.guard import Guard
 from kvengine.adapters.transformers_identity import (
     check_layers,
@@ -32,7 +33,6 @@ from kvengine.adapters.transformers_identity import (
     probe,
 )
 from kvengine.adapters.transformers_rows import Row, Rows, Stream, batch, rows_of
-from kvengine.engine import Engine
 from kvengine.errors import ModelNotSupported
 from kvengine.keys import BlockKeys, Namespace
 from kvengine.lease import Lease
@@ -69,7 +69,7 @@ class PrefixCache:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | Client,
         model: Any,
         *,
         block_tokens: int = 16,

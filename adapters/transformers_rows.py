@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import StoppingCriteria
 
+from kvengine import Client, Engine
 from kvengine.adapters.transformers_identity import pairs
-from kvengine.engine import Engine
 from kvengine.errors import ModelNotSupported
 from kvengine.keys import BlockKeys
 from kvengine.transfer import Transfer
@@ -136,7 +136,7 @@ class Stream(StoppingCriteria):
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | Client,
         layers: Callable[[], list[Any]],
         first: Sequence[tuple[int, int, BlockKeys]],
         guarded: Callable[[Callable[[], None], Callable[[], None]], None],

@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from kvengine.errors import (
+    AwayError,
     BadKey,
     ClosedError,
     ConfigError,
@@ -35,13 +36,16 @@ if TYPE_CHECKING:
     from kvengine.keys import BlockKeys, Namespace
     from kvengine.layout import Layout
     from kvengine.lease import Lease
+    from kvengine.peer.client import Client
     from kvengine.retention import Retention
     from kvengine.transfer import Transfer
 
 __version__ = "0.1.0"
 __all__ = [
+    "AwayError",
     "BadKey",
     "BlockKeys",
+    "Client",
     "ClosedError",
     "Config",
     "ConfigError",
@@ -64,6 +68,7 @@ HOMES = (
     ("Disk", "config"),
     ("Engine", "engine"),
     ("BlockKeys", "keys"),
+    ("Client", "peer.client"),
     ("Namespace", "keys"),
     ("Layout", "layout"),
     ("Lease", "lease"),
@@ -74,23 +79,31 @@ HOMES = (
 
 def open(  # noqa: A001  # read as kvengine.open
     url: str | Config | None = None, *, file: str | Path | None = None, **options: object
-) -> Engine:
+) -> Engine | Client:
     """Open an engine from a URL, a Config, a TOML file, the environment and options.
 
-    url: "mem://?size=4G | file:///var/cache/kv?size=100G", fastest tier first. Options are settings
-    by name (memory_bytes="4G", threads=2 …) and win over the URL, both over `KVENGINE_*` variables,
-    those over the file. An engine is one process's: several ranks of a model save parts of a block
-    each, and share the daemon of their host (`kvengine serve`). Raises ConfigError, or
-    DirectoryInUse where another process holds the directory.
+    url: "mem://?size=4G | file:///var/cache/kv?size=100G", fastest tier first; or
+    "unix:///run/kvengine/kv.sock", where a daemon (`kvengine serve`) keeps the blocks of all
+    processes of this host. Options are settings by name (memory_bytes="4G", threads=2 …) and win
+    over the URL, both over `KVENGINE_*` variables, those over the file. Several ranks of a model
+    save parts of a block each: they share the daemon of their host. Raises ConfigError,
+    DirectoryInUse where another process holds the directory, or AwayError where no daemon answers.
     """
     from kvengine.config import Config
-    from kvengine.engine import Engine
 
     if isinstance(url, Config):
         if options or file is not None:
             raise ConfigError("give either a Config or a URL with options, not both")
-        return Engine(url)
-    return Engine(Config.load(url, file=file, options=options)[0])
+        config = url
+    else:
+        config = Config.load(url, file=file, options=options)[0]
+    if config.daemon is not None:
+        from kvengine.peer.client import Client
+
+        return Client(config)
+    from kvengine.engine import Engine
+
+    return Engine(config)
 
 
 def __getattr__(name: str) -> object:

@@ -7,22 +7,16 @@ The arena knows nothing of blocks: the store owns slots from `take` to `give`.
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvengine.errors import ConfigError
+from kvengine.slab import PAGE_BYTES, POPULATE_BYTES, Slab, Slots
 
-PAGE_BYTES = 4096
+__all__ = ["PAGE_BYTES", "POPULATE_BYTES", "Arena", "Slots"]
 EXTENT_BYTES = 16 << 20
 EXTENT_SLOTS = 64
-POPULATE_BYTES = 4 << 20
-MADV_POPULATE_WRITE = 23  # Linux 5.14; Python's mmap names neither
-MADV_WIPEONFORK = 18  # Linux 4.14
-Slots = NDArray[np.int32]
 
 
 class SizeClass:
@@ -49,28 +43,28 @@ class SizeClass:
         return self.free[self.count : self.count + count].copy()
 
 
-class Arena:
-    """Memory that can be addressed. Not thread-safe: the store's lock guards it."""
+class Arena(Slab):
+    """Memory that can be addressed. Not thread-safe: the store's lock guards it.
 
-    def __init__(self, nbytes: int) -> None:
-        pages = nbytes // PAGE_BYTES
-        if pages < 1:
-            raise ConfigError(f"an arena needs at least {PAGE_BYTES} bytes, got {nbytes}")
-        self.nbytes = pages * PAGE_BYTES
-        self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        # A forked child has no use for the slab: it is not to hold copies of what changes here.
-        for advice in (getattr(mmap, "MADV_HUGEPAGE", None), MADV_WIPEONFORK):
-            try:
-                if advice is not None:
-                    self._map.madvise(advice)
-            except OSError:
-                pass  # a kernel that does not know it: the slab works all the same
-        self.memory = memoryview(self._map)
-        self.address = np.frombuffer(self._map, dtype=np.uint8).ctypes.data
+    `handle`: the descriptor of shared memory, private if None. Shared memory has a word for each
+    page, `generations`, that is raised before a slot that begins there is lent: who has copied from
+    a slot looks again whether it is still the same.
+    """
+
+    def __init__(
+        self,
+        nbytes: int,
+        handle: int | None = None,
+        generations: NDArray[np.uint32] | None = None,
+    ) -> None:
+        super().__init__(nbytes, handle)
+        self.generations = generations
+        pages = self.nbytes // PAGE_BYTES
+        self.limit_pages = pages
         self._holes: list[tuple[int, int]] = [(0, pages)]
+        self._held_pages = 0  # in extents
         self._classes: dict[int, SizeClass] = {}
         self.taken_pages = 0
-        self._stopped = False
 
     def pages_of(self, nbytes: int) -> int:
         """Return how many pages a slot of so many bytes has."""
@@ -81,7 +75,8 @@ class Arena:
         pages = self.pages_of(nbytes)
         known = self._classes.get(pages)
         free = known.count if known else 0
-        return free + sum(size // pages for _, size in self._holes)
+        room = (self.limit_pages - self._held_pages) // pages
+        return free + max(0, min(room, sum(size // pages for _, size in self._holes)))
 
     def take(self, nbytes: int, count: int) -> Slots:
         """Take up to `count` slots of at least `nbytes`; fewer where the arena is full."""
@@ -93,6 +88,8 @@ class Arena:
             pass
         slots = known.pop(min(count, known.count))
         self.taken_pages += pages * len(slots)
+        if self.generations is not None:
+            self.generations[slots] += np.uint32(1)
         return slots
 
     def give(self, nbytes: int, slots: Slots) -> None:
@@ -102,17 +99,13 @@ class Arena:
             known.push(slots)
             self.taken_pages -= known.pages * len(slots)
 
-    def offsets(self, slots: Slots) -> NDArray[np.int64]:
-        """Return where slots begin, in bytes from the start of the slab."""
-        return slots.astype(np.int64) * PAGE_BYTES
-
-    def addresses(self, slots: Slots) -> NDArray[np.int64]:
-        """Return where slots begin, as addresses in this process."""
-        return self.offsets(slots) + self.address
-
-    def view(self, slot: int, nbytes: int) -> memoryview:
-        """Return the first `nbytes` of a slot, writable."""
-        return self.memory[slot * PAGE_BYTES : slot * PAGE_BYTES + nbytes]
+    def generation(self, slots: Slots) -> NDArray[np.uint32]:
+        """Return the words of slots; zeros where memory is private, and for what is no slot."""
+        if self.generations is None:
+            return np.zeros(len(slots), dtype=np.uint32)
+        found = self.generations[slots]
+        found[slots < 0] = 0
+        return found
 
     def compact(self) -> bool:
         """Give extents whose slots are all free back to the slab, for other size classes.
@@ -135,27 +128,25 @@ class Arena:
             for start, begin, end in zip(starts[whole], first[whole], last[whole], strict=True):
                 self._holes.append((int(start), known.extents.pop(int(start))))
                 keep[begin:end] = False
+            self._held_pages -= int(pages[whole].sum())
             free = free[keep]
             known.free, known.count = free, len(free)
         self._holes = _merge(self._holes)
         return found
 
-    def populate(self) -> None:
-        """Have the system back the whole slab with memory, so that no save waits for page faults.
+    def limit(self, nbytes: int) -> int:
+        """Use at most so many bytes from now on, as far as what is taken allows.
 
-        Changes no byte; takes seconds for many gigabytes, so it runs on a thread of its own, from
-        the start of the slab, where slots are taken first. Ends early after `stop`.
+        Whole extents beyond that are given back to the system where memory is shared: their bytes
+        are zero when they are used again. Returns how many bytes are held still; call again when
+        more of them have been evicted.
         """
-        advise = ctypes.CDLL(None, use_errno=True).madvise
-        advise.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_int)
-        for start in range(0, self.nbytes, POPULATE_BYTES):
-            size = min(POPULATE_BYTES, self.nbytes - start)
-            if self._stopped or advise(self.address + start, size, MADV_POPULATE_WRITE):
-                return
-
-    def stop(self) -> None:
-        """End `populate` soon."""
-        self._stopped = True
+        self.limit_pages = min(nbytes, self.nbytes) // PAGE_BYTES
+        if self._held_pages > self.limit_pages:
+            self.compact()
+        for start, size in self._holes if self.generations is not None else ():
+            self.punch(start, size)
+        return self._held_pages * PAGE_BYTES
 
     def _extend(self, known: SizeClass) -> bool:
         # Small extents at first leave room for other classes; a sixteenth of the slab at most
@@ -163,15 +154,19 @@ class Arena:
         want = max(EXTENT_BYTES // PAGE_BYTES, EXTENT_SLOTS * known.pages)
         want = min(want, self.nbytes // PAGE_BYTES // 16)
         want = max(1, want // known.pages) * known.pages
+        left = self.limit_pages - self._held_pages
+        if left < known.pages:
+            return False
         fitting = [hole for hole in self._holes if hole[1] >= known.pages]
         if not fitting:
             return False
         start, size = max(fitting, key=lambda hole: hole[1])
-        used = min(want, size // known.pages * known.pages)
+        used = min(want, size // known.pages * known.pages, left // known.pages * known.pages)
         self._holes.remove((start, size))
         if size > used:
             self._holes.append((start + used, size - used))
         known.extents[start] = used
+        self._held_pages += used
         known.smallest = min(known.extents.values())
         slots = np.arange(start, start + used, known.pages, dtype=np.int32)
         known.push(slots[::-1])

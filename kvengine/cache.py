@@ -353,6 +353,24 @@ class PagedCache:
         return (*axes[0], *axes[1], run, unit if by_token else 0)
 
 
+def cache_of(
+    layout: Layout, caches: PagedCache | Sequence[object], *, writable: bool
+) -> PagedCache:
+    """Check a caller's arrays; a PagedCache must be of this layout. Raises LayoutError."""
+    if not isinstance(caches, PagedCache):
+        return PagedCache(layout, caches, writable)
+    if caches.layout != layout and caches.layout.digest() != layout.digest():
+        raise LayoutError("this PagedCache was made for a namespace of another layout")
+    if writable and not caches.writable:
+        raise LayoutError("this PagedCache was made for saving only: make it with engine.cache")
+    if not writable and not caches.whole:
+        raise LayoutError(
+            f"this PagedCache has heads {caches.heads} of {layout.kv_heads}: blocks are saved "
+            "whole, from a cache of all heads"
+        )
+    return caches
+
+
 def _stack(offsets: list[Int64s]) -> Int64s:
     if len(offsets) == 1:
         return offsets[0][None]

@@ -71,6 +71,39 @@ def demo(
     return demo.run(model=model, dtype=dtype, directory=directory, as_json=as_json)
 
 
+@app.command
+def serve(
+    url: Url = None,
+    /,
+    *,
+    socket: Annotated[Path, Parameter(help="Where clients connect: a path, made anew.")],
+    http: Annotated[
+        int | None,
+        Parameter(
+            help="Port on 127.0.0.1 for /livez, /readyz, /metrics; 0 picks one, none if none."
+        ),
+    ] = None,
+    config: Annotated[Path | None, Parameter(help="A TOML file with settings.")] = None,
+    settings: Settings = None,
+) -> int:
+    """Keep blocks for all processes of this host, which open unix:///PATH; ends with SIGTERM."""
+    import signal
+
+    from kvengine.config import Config
+    from kvengine.server import Server
+
+    found = Config.load(url, file=config, options=_options(settings))[0]
+    if found.daemon is not None:
+        raise ConfigError("serve: a daemon keeps blocks itself: give memory and tiers, no unix://")
+    with Server(found, socket, http) as server:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: server.stop())
+        port = "" if server.port is None else f", http://127.0.0.1:{server.port}"
+        print(f"serving unix://{socket.absolute()}{port}", flush=True)
+        server.run()
+    return 0
+
+
 Rate = Annotated[
     str | None, Parameter(help="Read at most so many bytes a second, as in 200M; no limit if none.")
 ]

@@ -275,12 +275,16 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "objects.secret_key": Setting(_password, "the secret of an access key"),
         "objects.timeout_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
         "objects.connections": Setting(_threads, "a number of connections from 1 to 256"),
+        "daemon.socket": Setting(_path, "the path of a daemon's socket"),
+        "daemon.tenant": Setting(_text, "the name of a tenant"),
+        "daemon.key": Setting(_password, "the key of a tenant"),
+        "daemon.timeout_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
         "policy": Setting(_policy, f"the name of a policy: {', '.join(POLICIES)}"),
         "shadow": Setting(_policies, f"names of policies, as in arc,s3fifo: {', '.join(POLICIES)}"),
         "record": Setting(_record, "the path of a file, or nothing"),
     }
 )
-HIDDEN = ("secret", "valkey.password", "objects.secret_key")
+HIDDEN = ("secret", "valkey.password", "objects.secret_key", "daemon.key")
 ENVIRONMENT_OF: Mapping[str, str] = MappingProxyType(
     {name: PREFIX + name.replace(".", "_").upper() for name in SETTINGS}
 )
@@ -307,6 +311,13 @@ QUERIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "durable": "disk.durable",
             "clean_low": "disk.clean_low",
             "clean_high": "disk.clean_high",
+        },
+        "unix": {
+            "tenant": "daemon.tenant",
+            "timeout_s": "daemon.timeout_s",
+            "lossless": "lossless",
+            "threads": "threads",
+            "fetch_s": "fetch_s",
         },
         **dict.fromkeys(
             ("valkey", "redis", "valkeys", "rediss"),
@@ -413,10 +424,27 @@ class Objects(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
         _check(self, "objects.")
 
 
+class Daemon(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The daemon of this host, which keeps the blocks: its socket, and who this process is to it.
+
+    `tenant` is the daemon's default one if "". `timeout_s`: how long it may take to answer; then it
+    is away.
+    """
+
+    socket: str
+    tenant: str = ""
+    key: Secret | None = None
+    timeout_s: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self, "daemon.")
+
+
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """All settings of one engine. Sizes in bytes (texts such as "4G" are read), times in seconds.
 
     `disk`, `valkey` and `objects` are the tiers below memory, in this order; None: not there.
+    `daemon`: another process of this host keeps the blocks, and has memory and tiers of its own.
     `threads` copy and hash, `io_threads` read and write the disk.
     `lossless` saves bf16 blocks in three quarters of their size where numba is installed, which
     takes longer than copying them; either way what is saved is loaded bit for bit, by engines set
@@ -437,6 +465,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     disk: Disk | None = None
     valkey: Valkey | None = None
     objects: Objects | None = None
+    daemon: Daemon | None = None
     lossless: bool = True
     pin: bool = False
     threads: int = 2
@@ -455,6 +484,11 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if not isinstance(given := getattr(self, name), kind | None):
                 raise ConfigError(f"{name}: given {given!r}, expected a {kind.__name__} or None")
         _check(self, "")
+        if self.daemon and (self.disk or self.valkey or self.objects):
+            raise ConfigError(
+                "a daemon's socket is given, and tiers as well: name the tiers where the daemon is "
+                "started, or leave daemon.socket out"
+            )
         if self.secret is None and self.disk is None and (self.valkey or self.objects):
             raise ConfigError(
                 "no secret is given, and no directory to keep one in: no other engine could name "
@@ -513,15 +547,18 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         return cls(**sections, **given), origins  # type: ignore[arg-type]  # as said above
 
 
-SECTIONS: Mapping[str, type[Disk | Valkey | Objects]] = MappingProxyType(
-    {"disk": Disk, "valkey": Valkey, "objects": Objects}
+SECTIONS: Mapping[str, type[Disk | Valkey | Objects | Daemon]] = MappingProxyType(
+    {"disk": Disk, "valkey": Valkey, "objects": Objects, "daemon": Daemon}
 )
-NEEDED: Mapping[str, str] = MappingProxyType({"disk": "path", "valkey": "host", "objects": "url"})
+NEEDED: Mapping[str, str] = MappingProxyType(
+    {"disk": "path", "valkey": "host", "objects": "url", "daemon": "socket"}
+)
 NEEDED_HINT: Mapping[str, str] = MappingProxyType(
     {
         "disk": "name the directory",
         "valkey": "name the server",
         "objects": "name the bucket",
+        "daemon": "name the socket",
     }
 )
 
@@ -599,7 +636,7 @@ def _read(name: str, value: object, origin: str) -> object:
         ) from None
 
 
-def _check(struct: Disk | Valkey | Objects | Config, prefix: str) -> None:
+def _check(struct: Disk | Valkey | Objects | Daemon | Config, prefix: str) -> None:
     """Read every field of a struct that was made by hand as if it came from a file."""
     for field in struct.__struct_fields__:
         if (name := prefix + field) in SETTINGS:

@@ -7,11 +7,10 @@ Load: pin the lease's blocks → verify and scatter; those in a tier are read in
 from __future__ import annotations
 
 import atexit
-import os
+import math
 import threading
 import time
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -27,13 +26,14 @@ from kvengine.codec import EXACT, forms_of
 from kvengine.compiled import Int32s, Int64s
 from kvengine.config import Config
 from kvengine.errors import ClosedError, ConfigError, LayoutError
-from kvengine.fetches import Fetches
+from kvengine.fetches import Fetches, Once
 from kvengine.frame import PAGE_BYTES
 from kvengine.kernels import launch
 from kvengine.keys import FORMAT_VERSION, BlockKeys, Identity, Namespace
 from kvengine.layout import Layout
 from kvengine.lease import Bools, Lease
-from kvengine.load import Load
+from kvengine.lifetime import watch
+from kvengine.load import Load, loading
 from kvengine.metrics import Metrics
 from kvengine.pin import Pin
 from kvengine.pins import SOFT_SHARE, Pins
@@ -41,10 +41,10 @@ from kvengine.plan import MEMORY, Costs
 from kvengine.policy import Request
 from kvengine.policy.named import policy_of
 from kvengine.policy.retention import Retained
-from kvengine.prefetch import prefetch
-from kvengine.record import Recorder
+from kvengine.prefetch import PREFETCH_BYTES, prefetch
+from kvengine.record import RECORD_BYTES, Recorder
 from kvengine.retention import Retention, check_seconds
-from kvengine.save import Save
+from kvengine.save import Save, group_of, saving
 from kvengine.shadow import Computing, Shadowed, Shadows
 from kvengine.store import Store, exercise
 from kvengine.tenants import DEFAULT, Tenants
@@ -59,8 +59,6 @@ from kvengine.writer import Writer
 
 CLOSE_S = 30.0
 PIN_POLL_S = 0.1
-RECORD_BYTES = 256 << 20
-FILL_MAX = 1024
 FETCH_SHARE = 4  # a quarter of memory is lent to reads from tiers at a time
 
 
@@ -72,18 +70,23 @@ class Engine:
     A context manager; `close` writes what is committed to the tier and gives everything back.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, memory: Arena | None = None, tenant: str = DEFAULT) -> None:
+        """Open an engine of one process; or, over the `memory` that it shares, of one tenant.
+
+        Then whoever serves it sees to the deadlines of leases.
+        """
         self.config = config
+        self.tenant = tenant
         self.metrics = Metrics()
         self._closed = False
         self._detached = False
-        arena = Arena(config.memory_bytes)
+        arena = memory or Arena(config.memory_bytes)
         self._store = Store(
             arena,
             policy_of(config.policy),
             self.metrics,
             time.monotonic,
-            config.lease_s,
+            config.lease_s if memory is None else math.inf,
             config.reservation_s,
         )
         self._tiers: list[Tier] = []
@@ -113,7 +116,7 @@ class Engine:
         self._populating = threading.Thread(
             target=self._prepare, name="kvengine-prepare", daemon=True
         )
-        self._leave = _watch(self)
+        self._leave = watch(self)
         self._populating.start()
         if config.record:
             try:
@@ -163,29 +166,20 @@ class Engine:
         for a `ttl_s` that is no time.
         """
         self._alive()
-        check_seconds("ttl_s", ttl_s)
         smaller = self.config.lossless and launch.available("numba")  # else copying is far faster
-        forms = forms_of(fidelity, layout, smaller=smaller)
-        identity = Identity(
-            format_version=FORMAT_VERSION,
-            tenant=DEFAULT,
-            model=model,
-            revision=revision,
-            adapter=adapter,
-            media=media,
-            salt=salt,
-            kv_dtype=kv_dtype or layout.dtype,
-            fidelity=forms.usual.fidelity,
-            layout=layout.digest(),
-            positional=positional,
-            pool=pool,
-            source=source,
-            epoch=self._tenants.epoch(),
-        )
-        made = self._store.namespace(identity, layout, self._tenants.secret(), forms)
-        if ttl_s is not None:
-            self._ttl_s[made.number] = ttl_s
-        return made
+        identity = {
+            "model": model,
+            "revision": revision,
+            "adapter": adapter,
+            "media": media,
+            "salt": salt,
+            "kv_dtype": kv_dtype or layout.dtype,
+            "fidelity": fidelity,
+            "positional": positional,
+            "pool": pool,
+            "source": source,
+        }
+        return self.space(identity, layout, smaller, ttl_s)[0]
 
     def cache(
         self,
@@ -302,29 +296,17 @@ class Engine:
         `reservation_s`, or has no room for its part, it is given up and counted. Raises LayoutError
         for arrays or tables that do not fit, or parts without a `fill`.
         """
-        view = keys.namespace.view
-        layout = view.layout
-        whole = len(view.numbers) == keys.namespace.layout.part_count
-        if not whole and (not isinstance(fill, bytes) or not 1 <= len(fill) <= FILL_MAX):
-            raise LayoutError(
-                f"fill is {fill!r}, expected 1 to {FILL_MAX} bytes that all ranks of this step "
-                "share (the request's id, say): these keys are of a part of each block"
-            )
-        cache = self._cache(layout, caches, writable=False)
-        table, mapping, count = cache.checked(len(keys), block_table, slot_mapping, unique=False)
-        if count != len(keys):
-            raise LayoutError(f"a table for {count} blocks and {len(keys)} keys: give one for each")
-        transfer = Transfer(count, layout.layers)
+        transfer, cache, table, mapping = saving(keys, caches, block_table, slot_mapping)
+        group = group_of(keys, fill)
         self._pins.expire()
-        if not count or self._gone(keys) or not self._transfers.begin(transfer):
-            return self._refuse(transfer)
+        if not len(keys) or self._gone(keys) or not self._transfers.begin(transfer):
+            return transfer.refuse()
         if self._costs.active and self._tiers:
             self._spare(keys.namespace)
         if self._shadows is not None:
             self._shadows.saved(keys, self._pages(keys.namespace), time.monotonic())
-        parts = (self._store, self._transfers, self._finder, self.metrics, self._saved)
+        parts = (self._store, self._transfers, self._finder, self.metrics, self.saved)
         asked = self._asked(keys.namespace, retention)
-        group = None if whole else fill
         Save(*parts, transfer, keys, cache, table, mapping, asked, group).start()
         return transfer
 
@@ -346,20 +328,13 @@ class Engine:
         `namespace.part` load some layers and heads, whoever has saved them. Raises LayoutError for
         arrays or tables that do not fit.
         """
-        view = lease.keys.namespace.view
-        layout = view.layout
-        cache = self._cache(layout, caches, writable=True)
-        if not 0 <= first <= lease.blocks:
-            raise LayoutError(f"first is {first}, the lease has {lease.blocks} blocks")
-        table, mapping, count = cache.checked(
-            lease.blocks - first, block_table, slot_mapping, unique=True
-        )
-        transfer = Transfer(count, layout.layers, view.lanes)
+        transfer, cache, table, mapping = loading(lease, caches, block_table, slot_mapping, first)
+        count = len(transfer.good)
         if not count or self._gone(lease.keys) or not self._transfers.begin(transfer):
-            return self._refuse(transfer)
+            return transfer.refuse()
         ids, slots, numbers = self._store.pin(lease, first, count)
         if not len(ids):
-            return self._refuse(transfer)
+            return transfer.refuse()
         keys = lease.keys[first : first + count]
         deadline = time.monotonic() + (self.config.fetch_s if timeout_s is None else timeout_s)
         if self._costs.active:
@@ -626,6 +601,86 @@ class Engine:
         for tier in self._tiers:
             tier.detach()
 
+    # For whoever serves other processes from this engine
+
+    @property
+    def store(self) -> Store:
+        """What is held. Those who serve it take and give back leases and reservations there."""
+        return self._store
+
+    @property
+    def asks(self) -> bool:
+        """Whether a look-up may wait for the answer of a remote tier."""
+        return bool(self._finder)
+
+    def away(self) -> list[str]:
+        """Name the tiers that fail and are left alone for now."""
+        return [tier.name for tier in self._tiers if tier.away]
+
+    def epoch(self) -> int:
+        """Return the tenant's epoch: namespaces of another one hold nothing."""
+        return self._tenants.epoch()
+
+    def space(
+        self, identity: Mapping[str, str], layout: Layout, smaller: bool, ttl_s: float | None
+    ) -> tuple[Namespace, list[int]]:
+        """Return a namespace of this tenant, and the numbers of its forms.
+
+        identity: all of its fields that are texts, but for the tenant. smaller: as `forms_of` has
+        it. Raises LayoutError, ConfigError.
+        """
+        check_seconds("ttl_s", ttl_s)
+        forms = forms_of(identity["fidelity"], layout, smaller=smaller)
+        made = Identity(
+            format_version=FORMAT_VERSION,
+            tenant=self.tenant,
+            layout=layout.digest(),
+            epoch=self._tenants.epoch(),
+            **dict(identity) | {"fidelity": forms.usual.fidelity},
+        )
+        space = self._store.namespace(made, layout, self._tenants.secret(), forms)
+        if ttl_s is not None:
+            self._ttl_s[space.number] = ttl_s
+        return space, [form.number for form in self._store.forms(space)]
+
+    def keep(self, keys: BlockKeys, new: Bools, asked: Retention) -> int:
+        """Keep blocks of a save as asked; new: those that it brought. Returns how many."""
+        return self._store.keep(keys, new, asked)
+
+    def saved(self, keys: BlockKeys, count: int) -> None:
+        """After a save of so many of the blocks: write them below, make room for as many."""
+        self._pump()
+        self._store.make_room(keys.namespace, count)
+
+    def committed(self, keys: BlockKeys, count: int) -> None:
+        """After a commit of so many of the blocks of another process."""
+        self.metrics.add("saved_blocks", count)
+        self.saved(keys, len(keys))
+
+    def fetch(self, ids: Int32s, timeout_s: float, ready: Callable[[], None]) -> None:
+        """Read leased blocks into memory; call `ready` once, from any thread, when that is over.
+
+        Those that others are reading already are waited for.
+        """
+        deadline = time.monotonic() + timeout_s
+        alarm = self._fetches.alarm(deadline, once := Once(ready))
+        self._ahead(ids, deadline, None)
+
+        def over() -> None:
+            alarm.cancel()
+            once()
+
+        self._fetches.join(ids, over)
+
+    def ahead(self, ids: Int32s) -> None:
+        """Read some of these leased blocks into memory, where it has room, ahead of need."""
+        self._ahead(ids, time.monotonic() + self.config.fetch_s, PREFETCH_BYTES)
+
+    def _ahead(self, ids: Int32s, deadline: float, nbytes_max: int | None) -> None:
+        self._store.repin(ids)
+        pinned = (ids, *self._store.places(ids))
+        prefetch(self._store, self._tiers, self._fetches, deadline, pinned, nbytes_max)
+
     # Inside
 
     def _open_tiers(self) -> Path | None:
@@ -684,7 +739,7 @@ class Engine:
                 pass
         self._store.arena.populate()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Before a fork: let kernels be loaded first, for at most CLOSE_S.
 
         A child would wait for ever for the lock of a module that a thread, lost to it, imports.
@@ -715,22 +770,6 @@ class Engine:
     def _failed(self, error: Exception) -> None:
         self.metrics.add("tier_failures", 1, tier="memory")
 
-    def _cache(
-        self, layout: Layout, caches: PagedCache | Sequence[object], *, writable: bool
-    ) -> PagedCache:
-        if not isinstance(caches, PagedCache):
-            return PagedCache(layout, caches, writable)
-        if caches.layout != layout and caches.layout.digest() != layout.digest():
-            raise LayoutError("this PagedCache was made for a namespace of another layout")
-        if writable and not caches.writable:
-            raise LayoutError("this PagedCache was made for saving only: make it with engine.cache")
-        if not writable and not caches.whole:
-            raise LayoutError(
-                f"this PagedCache has heads {caches.heads} of {layout.kv_heads}: blocks are saved "
-                "whole, from a cache of all heads"
-            )
-        return caches
-
     def _asked(
         self, namespace: Namespace, given: Retention | Sequence[Retention]
     ) -> Sequence[Retention]:
@@ -741,15 +780,6 @@ class Engine:
         if asked:
             self._store.retaining()
         return asked
-
-    def _refuse(self, transfer: Transfer) -> Transfer:
-        transfer.finish(transfer.good, 0, "refused")
-        return transfer
-
-    def _saved(self, keys: BlockKeys, count: int) -> None:
-        """After a save of so many of the blocks: write them below, make room for as many."""
-        self._pump()
-        self._store.make_room(keys.namespace, count)
 
     def _plan(self, lease: Lease, homes: Int32s, split: bool) -> None:
         """Say which blocks of a lease are sooner fetched than computed."""
@@ -851,24 +881,3 @@ def _listed(keys: BlockKeys) -> list[bytes]:
 def _model(namespace: Namespace) -> tuple[str, bytes]:
     """Return what the cost of computing depends on."""
     return namespace.identity.model, namespace.identity.layout
-
-
-def _watch(engine: Engine) -> Callable[[], None]:
-    """Close an engine at interpreter exit, detach it in forked children. Returns the exit hook."""
-    watched = weakref.ref(engine)
-
-    def leave() -> None:
-        if (found := watched()) is not None:
-            found.close()
-
-    def forks() -> None:
-        if (found := watched()) is not None:
-            found._settle()
-
-    def forked() -> None:
-        if (found := watched()) is not None:
-            found.detach()
-
-    atexit.register(leave)
-    os.register_at_fork(before=forks, after_in_child=forked)
-    return leave

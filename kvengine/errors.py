@@ -8,6 +8,7 @@
     ├── DirectoryInUse     another process holds the directory
     ├── TraceError         a trace file that cannot be read or replayed: the line, what was expected
     ├── ModelNotSupported  a model or cache that an adapter cannot map
+    ├── AwayError          the daemon of this host does not answer, or refuses this client
     └── ClosedError        a verb on a closed engine
 
 A miss, a refusal or a fault of a tier is never raised: it is a return value and a metric.
@@ -44,6 +45,10 @@ class TraceError(KVEngineError, ValueError):
 
 class ModelNotSupported(KVEngineError, ValueError):
     """A model or cache whose attention state an adapter cannot map to blocks."""
+
+
+class AwayError(KVEngineError, ConnectionError):
+    """No daemon answers at a socket, or it refuses this client. Later on that is a miss."""
 
 
 class ClosedError(KVEngineError, RuntimeError):

@@ -235,6 +235,22 @@ class Alarm:
         self.ring = None
 
 
+class Once:
+    """Calls something the first time that it is called. Safe from any thread."""
+
+    __slots__ = ("_left",)
+
+    def __init__(self, call: Ready) -> None:
+        self._left = [call]
+
+    def __call__(self) -> None:
+        try:
+            call = self._left.pop()
+        except IndexError:
+            return
+        call()
+
+
 class Join:
     """Someone who waits for blocks that others fetch."""
 

@@ -35,13 +35,14 @@ class Lease:
         in_memory: int,
         deadline: float,
         let_go: Callable[[Lease], None],
+        token: bytes | None = None,
     ) -> None:
         self.keys = keys
         self.blocks = len(ids)
         self.in_memory = in_memory
         self.worth = range(len(ids))
         self.deadline = deadline
-        self.token = os.urandom(16)
+        self.token = token or os.urandom(16)
         self.ids = ids
         self._let_go = let_go
 
@@ -82,6 +83,7 @@ class Reservation:
         deadline: float,
         dead: deque[bytes],
         fill: bytes | None = None,
+        token: bytes | None = None,
     ) -> None:
         self.keys = keys
         self.number = number  # of the form that its slots are for
@@ -90,7 +92,7 @@ class Reservation:
         self.slots = slots
         self.deadline = deadline
         drawn = os.urandom(32)
-        self.fill, self.token = fill or drawn[:16], drawn[16:]
+        self.fill, self.token = fill or drawn[:16], token or drawn[16:]
         self.ids = ids
         self.parents = parents
         self._dead = dead

@@ -12,19 +12,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvengine.arena import Slots
-from kvengine.cache import PagedCache
+from kvengine.blocks import Blocks, Reads
+from kvengine.cache import PagedCache, cache_of
 from kvengine.compiled import Int32s
-from kvengine.fetches import Alarm, Fetches
+from kvengine.errors import LayoutError
+from kvengine.fetches import Alarm
 from kvengine.forms import Form
 from kvengine.frame import PAGE_BYTES
 from kvengine.index import NO_SLOT
 from kvengine.kernels.copy import BAD, GOOD
 from kvengine.keys import BlockKeys
-from kvengine.lease import Bools
+from kvengine.lease import Bools, Lease
 from kvengine.policy import NO_PARENT
-from kvengine.store import EMPTY, Store
+from kvengine.store import EMPTY
 from kvengine.tiers import Report, Span, Tier
-from kvengine.transfer import Job, Transfer, Transfers
+from kvengine.transfer import Job, Moving, Transfer, Transfers
 
 FETCH_BYTES = 16 << 20
 PIECE_BYTES = 512 << 10  # of a frame that is read a few layers at a time
@@ -72,15 +74,32 @@ class Part:
     returned: bool = False
 
 
+def loading(
+    lease: Lease,
+    caches: PagedCache | Sequence[object],
+    block_table: object,
+    slot_mapping: object,
+    first: int,
+) -> Moving:
+    """Check what `Engine.load` is given, as `saving` does. Raises LayoutError."""
+    view = lease.keys.namespace.view
+    cache = cache_of(view.layout, caches, writable=True)
+    if not 0 <= first <= lease.blocks:
+        raise LayoutError(f"first is {first}, the lease has {lease.blocks} blocks")
+    left = lease.blocks - first
+    table, mapping, count = cache.checked(left, block_table, slot_mapping, unique=True)
+    return Transfer(count, view.layout.layers, view.lanes), cache, table, mapping
+
+
 class Load:
     """One load under way: what is in memory is scattered at once, the rest as it arrives."""
 
     def __init__(
         self,
-        store: Store,
+        store: Blocks,
         transfers: Transfers,
         tiers: Sequence[Tier],
-        fetches: Fetches,
+        fetches: Reads,
         deadline: float,
         transfer: Transfer,
         keys: BlockKeys,
@@ -169,6 +188,7 @@ class Load:
                 if part.tier is not None:
                     self._give_back(part, part.rows, part.slots, good)
                 # A load of more than memory holds reads on into what it has done with.
+                self._good[part.rows] &= self._store.still(self._ids[part.rows])
                 self._pinned[part.rows] = False
                 self._store.unpin(self._ids[part.rows])
         finally:
@@ -543,7 +563,7 @@ class Load:
 
 
 def windows(
-    store: Store,
+    store: Blocks,
     ids: Int32s,
     slots: Slots,
     numbers: Int32s,

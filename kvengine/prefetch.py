@@ -6,6 +6,7 @@ joins it.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from functools import partial
@@ -29,13 +30,14 @@ def prefetch(
     fetches: Fetches,
     deadline: float,
     pinned: tuple[Int32s, Slots, Int32s],
+    nbytes_max: int | None = PREFETCH_BYTES,
 ) -> int:
     """Begin to read pinned blocks (ids, slots, numbers), and unpin them when that is over.
 
-    At most PREFETCH_BYTES, from the start. Returns how many blocks are read.
+    At most `nbytes_max` (None: all), from the start. Returns how many blocks are read.
     """
     ids, slots, numbers = pinned
-    left, begun = PREFETCH_BYTES, 0
+    left, begun = math.inf if nbytes_max is None else nbytes_max, 0
     kept = np.zeros(len(ids), dtype=np.bool_)
     for rows, tier in windows(store, ids, slots, numbers):
         nbytes = len(rows) * store.frame_bytes(int(numbers[rows[0]]))

@@ -16,6 +16,8 @@ import msgspec
 
 from kvengine.keys import BlockKeys
 
+RECORD_BYTES = 256 << 20
+
 
 class Recorder:
     """Append to a file of at most half of `size_bytes`; the one before it is kept as NAME.1.

@@ -9,18 +9,52 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from kvengine.cache import PagedCache
-from kvengine.compiled import Int32s
+from kvengine.blocks import Blocks
+from kvengine.cache import PagedCache, cache_of
+from kvengine.errors import LayoutError
 from kvengine.forms import Form
 from kvengine.kernels.copy import GOOD, OVERFULL
 from kvengine.keys import BlockKeys
 from kvengine.lease import Reservation
 from kvengine.metrics import Metrics
-from kvengine.policy.retention import NEVER, Retained
 from kvengine.retention import Retention
-from kvengine.store import Store
 from kvengine.tiers.finder import Finder
-from kvengine.transfer import Job, Transfer, Transfers
+from kvengine.transfer import Job, Moving, Transfer, Transfers
+
+FILL_MAX = 1024
+
+
+def saving(
+    keys: BlockKeys,
+    caches: PagedCache | Sequence[object],
+    block_table: object,
+    slot_mapping: object,
+) -> Moving:
+    """Check what `Engine.save` is given. Raises LayoutError.
+
+    Returns a new Transfer, the cache, and the table or the mapping.
+    """
+    layout = keys.namespace.view.layout
+    cache = cache_of(layout, caches, writable=False)
+    table, mapping, count = cache.checked(len(keys), block_table, slot_mapping, unique=False)
+    if count != len(keys):
+        raise LayoutError(f"a table for {count} blocks and {len(keys)} keys: give one for each")
+    return Transfer(count, layout.layers), cache, table, mapping
+
+
+def group_of(keys: BlockKeys, fill: bytes | None) -> bytes | None:
+    """Return the group that fills these blocks together; None where their view is all of them.
+
+    Raises LayoutError where a group is needed, and `fill` does not name one.
+    """
+    if len(keys.namespace.view.numbers) == keys.namespace.layout.part_count:
+        return None
+    if not isinstance(fill, bytes) or not 1 <= len(fill) <= FILL_MAX:
+        raise LayoutError(
+            f"fill is {fill!r}, expected 1 to {FILL_MAX} bytes that all ranks of this step "
+            "share (the request's id, say): these keys are of a part of each block"
+        )
+    return fill
 
 
 class Save:
@@ -32,7 +66,7 @@ class Save:
 
     def __init__(
         self,
-        store: Store,
+        store: Blocks,
         transfers: Transfers,
         finder: Finder,
         metrics: Metrics,
@@ -224,10 +258,4 @@ class Save:
     def _retain(self, asked: Retention) -> None:
         tokens = self._keys.namespace.layout.block_tokens
         part = asked.blocks(self._keys.position, len(self._keys), tokens)
-        new = (~self._before[part]).astype(np.int32)
-        length, life = asked.duration_s or NEVER, asked.ttl_s or NEVER
-
-        def tell(policy: Retained, entries: Int32s, now: float) -> int:
-            return policy.keep(entries, new, asked.priority, now + length, now + life, now)
-
-        self._store.retain(self._keys[part], tell)
+        self._store.keep(self._keys[part], ~self._before[part], asked)

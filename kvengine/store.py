@@ -43,7 +43,8 @@ from kvengine.layout import Layout
 from kvengine.lease import Bools, Lease, Reservation
 from kvengine.metrics import Metrics
 from kvengine.policy import NO_PARENT, Policy, Request, Run
-from kvengine.policy.retention import Retained
+from kvengine.policy.retention import NEVER, Retained
+from kvengine.retention import Retention
 from kvengine.tiers import Held, Span, Tier
 from kvengine.transient import Transients
 
@@ -154,6 +155,11 @@ class Store:
         """Return what a namespace's blocks are saved as."""
         return self._forms[namespace.number]
 
+    def form(self, namespace: Namespace, number: int) -> Form:
+        """Return the form of that number; the usual one where none has it."""
+        forms = self._forms[namespace.number]
+        return next((form for form in forms if form.number == number), forms.usual)
+
     def attach(self, tier: Tier) -> int:
         """Take in a tier and the blocks that it holds. Returns how many."""
         with self._lock:
@@ -228,6 +234,17 @@ class Store:
             if self._leases.pop(lease.token, None) is not None:
                 self._unlease(lease.ids)
 
+    def share(self, lease: Lease) -> Lease:
+        """Lease the blocks of a lease once more, for another owner; none where it has ended."""
+        with self._lock:
+            ids = lease.ids if lease.token in self._leases else EMPTY
+            self._index.lease(ids)
+            deadline = self._clock() + self._lease_s
+            made = Lease(lease.keys, ids, min(lease.in_memory, len(ids)), deadline, self.release)
+            if len(ids):
+                self._leases[made.token] = made
+        return made
+
     def pin(self, lease: Lease, first: int, count: int) -> tuple[Int32s, Slots, Int32s]:
         """Hold blocks of a live lease for a transfer.
 
@@ -252,6 +269,16 @@ class Store:
         with self._lock:
             slots: Slots = self._index.rows[ids, SLOT]
             return slots
+
+    def still(self, ids: Int32s) -> Bools:
+        """Say of pinned blocks which have lain in their slots all the time: all of them."""
+        return np.ones(len(ids), dtype=np.bool_)
+
+    def places(self, ids: Int32s) -> tuple[Slots, Int32s]:
+        """Return where held blocks lie now, as `slots` does, and the numbers of their forms."""
+        with self._lock:
+            rows = self._index.rows[ids]
+            return rows[:, SLOT].copy(), rows[:, NAMESPACE].copy()
 
     def unpin(self, ids: Int32s) -> None:
         """Give back what `pin` held."""
@@ -286,6 +313,16 @@ class Store:
             in_memory = self._present(ids, keys.namespace.number)[1]
             self._transients.remove(ids[in_memory])
             return tell(policy, np.where(in_memory, ids, np.int32(UNKNOWN)), now)
+
+    def keep(self, keys: BlockKeys, new: Bools, asked: Retention) -> int:
+        """Keep blocks of a save as asked; new: those that it brought. Returns how many."""
+        length, life = asked.duration_s or NEVER, asked.ttl_s or NEVER
+        fresh = new.astype(np.int32)
+
+        def tell(policy: Retained, entries: Int32s, now: float) -> int:
+            return policy.keep(entries, fresh, asked.priority, now + length, now + life, now)
+
+        return self.retain(keys, tell)
 
     # reserve → fill → commit
 
@@ -399,6 +436,15 @@ class Store:
             self._wide.update(dict.fromkeys(keys))
             while len(self._wide) > WIDE_MAX:
                 del self._wide[next(iter(self._wide))]
+
+    def expire(self, reservation: Reservation) -> None:
+        """End a reservation ahead of its deadline: its keys are free for others. Idempotent.
+
+        Its slots stay quarantined until `commit` or `abort`.
+        """
+        with self._lock:
+            if self._reservations.pop(reservation.token, None) is not None:
+                self._quarantined(reservation)
 
     def make_room(self, namespace: Namespace, count: int) -> None:
         """Evict ahead of need, so that the next `reserve` of so many blocks finds free slots.
@@ -941,11 +987,14 @@ class Store:
             if reservation.deadline > now:
                 break
             del self._reservations[reservation.token]
-            nbytes = self._spaces[reservation.number].nbytes
-            self._quarantine[reservation.token] = (nbytes, reservation.slots)
-            self._index.rows[reservation.ids, LEASES] = 0
-            self._discard(reservation.ids)
-            self._metrics.add("expired", 1, kind="reservation")
+            self._quarantined(reservation)
+
+    def _quarantined(self, reservation: Reservation) -> None:
+        nbytes = self._spaces[reservation.number].nbytes
+        self._quarantine[reservation.token] = (nbytes, reservation.slots)
+        self._index.rows[reservation.ids, LEASES] = 0
+        self._discard(reservation.ids)
+        self._metrics.add("expired", 1, kind="reservation")
 
     def _acknowledge(self, token: bytes) -> None:
         if (joined := self._joined.pop(token, None)) is not None:

@@ -18,6 +18,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from kvengine.cache import PagedCache
 from kvengine.codec import Codec, Range, Table
 from kvengine.kernels.copy import BAD, GOOD
 from kvengine.workers import Workers
@@ -125,6 +126,11 @@ class Transfer:
         if self.then is not None:
             self.then(good)
 
+    def refuse(self) -> Transfer:
+        """End before anything has begun; return itself."""
+        self.finish(self.good, 0, "refused")
+        return self
+
     def abandon(self) -> None:
         """After a fork, in the child: nothing arrives, and a lost thread may hold the lock."""
         self._changed = threading.Condition()
@@ -158,6 +164,10 @@ class Job:
     def layers(self, segments: Range) -> Range:
         """Return which layers of the Transfer some segments are."""
         return segments[0] + self.layer, segments[1] + self.layer
+
+
+# What a save or a load begins with: the caller's cache, and its block table or slot mapping.
+Moving = tuple[Transfer, PagedCache, NDArray[np.int64] | None, NDArray[np.int64] | None]
 
 
 class Transfers:

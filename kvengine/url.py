@@ -38,7 +38,12 @@ def read_url(text: str, queries: Mapping[str, Mapping[str, str]]) -> dict[str, o
         if scheme not in queries:
             unknown(f"URL scheme {part.partition('://')[0]!r}", scheme, queries)
         section = _section(scheme)
-        order = ("mem", *TIERS)
+        order = ("daemon", "mem", *TIERS)
+        if "daemon" in seen or seen and section == "daemon":
+            raise ConfigError(
+                f"URL {_without_password(text)!r}: unix:// stands alone; memory and tiers are "
+                "named where the daemon is started"
+            )
         if seen and order.index(section) <= order.index(seen[-1]):
             raise ConfigError(
                 f"URL {_without_password(text)!r}: mem:// stands first, then file://, valkey:// "
@@ -60,7 +65,7 @@ def read_url(text: str, queries: Mapping[str, Mapping[str, str]]) -> dict[str, o
 def _section(scheme: str) -> str:
     if scheme in OBJECTS:
         return "objects"
-    return {"mem": "mem", "file": "disk"}.get(scheme, "valkey")
+    return {"mem": "mem", "file": "disk", "unix": "daemon"}.get(scheme, "valkey")
 
 
 def _without_password(text: str) -> str:
@@ -82,6 +87,13 @@ def _place(section: str, url: SplitResult, shown: str) -> dict[str, object]:
                 "file:///var/cache/kv"
             )
         return {"disk.path": unquote(path)}
+    if section == "daemon":
+        if netloc or path in ("", "/"):
+            raise ConfigError(
+                f"URL {shown!r} names no socket; expected an absolute path after three slashes: "
+                "unix:///run/kvengine/kv.sock"
+            )
+        return {"daemon.socket": unquote(path)}
     if section == "objects":
         if not netloc or "@" in netloc:
             raise ConfigError(

@@ -8,6 +8,7 @@ from kvengine.config import (
     ENVIRONMENT_OF,
     SETTINGS,
     Config,
+    Daemon,
     Disk,
     Objects,
     Secret,
@@ -163,8 +164,11 @@ def test_any_path_fits_in_a_url(name):
 @pytest.mark.parametrize(
     ("url", "says"),
     [
+        ("unix://", "names no socket; expected an absolute path"),
+        ("unix:///kv.sock | mem://", "unix:// stands alone"),
+        ("mem:// | unix:///kv.sock", "unix:// stands alone"),
         ("memory://", "unknown URL scheme 'memory'.*did you mean 'mem'.*known are mem, file"),
-        ("kdb://localhost", "unknown URL scheme 'kdb': .*known are mem, file, valkey, redis"),
+        ("kdb://localhost", "unknown URL scheme 'kdb': .*known are mem, file, unix, valkey"),
         ("/var/cache", "'/var/cache' has no scheme; expected 'mem://"),
         ("", "'' has no scheme"),
         ("mem:// |", "'' has no scheme"),
@@ -278,8 +282,18 @@ def test_every_setting_can_come_from_the_environment():
         "KVENGINE_OBJECTS_TIMEOUT_S": "4",
         "KVENGINE_OBJECTS_CONNECTIONS": "5",
     }
-    assert set(environ) == set(ENVIRONMENT_OF.values())
+    daemon = {
+        "KVENGINE_DAEMON_SOCKET": "/run/kv.sock",
+        "KVENGINE_DAEMON_TENANT": "t",
+        "KVENGINE_DAEMON_KEY": "key",
+        "KVENGINE_DAEMON_TIMEOUT_S": "2",
+    }
+    assert set(environ) | set(daemon) == set(ENVIRONMENT_OF.values())
     config, origins = Config.load(environ=environ)
+    assert {name for name, origin in origins.items() if origin == "default"} == {
+        name for name in origins if name.startswith("daemon.")
+    }
+    origins = {name: origin for name, origin in origins.items() if origin != "default"}
     assert set(origins.values()) == {f"env {name}" for name in environ}
     assert config == Config(
         memory_bytes=2 * G,
@@ -445,3 +459,15 @@ def test_any_url_is_a_config_or_a_config_error(url):
         parse_url(url)
     except ConfigError:
         return
+
+
+def test_a_daemon_is_named_alone():
+    config, _ = Config.load("unix:///run/kv.sock?tenant=t&timeout_s=2&threads=3", environ={})
+    assert config == Config(
+        daemon=Daemon(socket="/run/kv.sock", tenant="t", timeout_s=2), threads=3
+    )
+    environ = {"KVENGINE_DAEMON_SOCKET": "/run/kv.sock", "KVENGINE_DAEMON_KEY": "very secret"}
+    config, _ = Config.load(environ=environ)
+    assert config.daemon.key == b"very secret" and "very secret" not in str(config.shown())
+    with pytest.raises(ConfigError, match="a daemon's socket is given, and tiers as well"):
+        Config.load("file:///kv", environ=environ)

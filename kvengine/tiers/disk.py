@@ -156,7 +156,8 @@ class DiskTier:
         except BlockingIOError as error:
             raise DirectoryInUse(
                 f"{self._path} is held by another process or engine: close that one, or give this "
-                "one a directory of its own; ranks of one model share a daemon (kvengine serve)"
+                "one a directory of its own; several processes (ranks of one model, say) share one "
+                "through a daemon: start 'kvengine serve', and open unix:///PATH/OF/ITS/SOCKET"
             ) from error
         except OSError as error:
             self.detach()

@@ -1,0 +1,512 @@
+"""The daemon of a host: one process that keeps blocks for all the others.
+
+A thread waits for what clients say and answers it (kvengine.peer.service decides what); a few more
+do what may take its time; one serves /livez, /readyz and /metrics on loopback. Bytes of blocks go
+through none of them: clients map the memory. Started by `kvengine serve`.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import select
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+
+from kvengine.arena import Arena
+from kvengine.config import Config
+from kvengine.engine import Engine
+from kvengine.errors import ConfigError, DirectoryInUse
+from kvengine.peer import messages as m
+from kvengine.peer.service import Action, End, Forget, House, Later, Peer, Send, Service
+from kvengine.slab import PAGE_BYTES, Slab, reader, shared
+from kvengine.tenants import DEFAULT
+from kvengine.workers import Workers
+
+CONNECTIONS_MAX = 2048
+UNSENT_BYTES_MAX = 4 << 20  # of a client that does not read its answers: it is disconnected
+RECEIVE_BYTES = 1 << 18
+SOCKET_BYTES = 1 << 20
+READS_MAX = 4  # of one connection, before the others have their turn
+WORKERS = 4
+DRAIN_S = 10.0
+SO_PEERPIDFD = 77  # Linux 6.5
+
+
+class Shared:
+    """The memory of one tenant, for its engine and its clients: slots, and a word for each page.
+
+    `close` gives the descriptors back; what is mapped stays until nobody uses it.
+    """
+
+    def __init__(self, nbytes: int, tenant: str) -> None:
+        pages = max(1, nbytes // PAGE_BYTES)
+        words = -(-pages * 4 // PAGE_BYTES) * PAGE_BYTES
+        self._handles: list[int] = []
+        try:
+            for size, what in ((pages * PAGE_BYTES, "slots"), (words, "words")):
+                self._handles.append(shared(size, f"kvengine {what} {tenant}"[:200]))
+            self._handles += [reader(handle) for handle in self._handles]
+            self._words = Slab(words, self._handles[1])
+            generations = np.frombuffer(self._words.memory, dtype=np.uint32)[:pages]
+            self.arena = Arena(nbytes, self._handles[0], generations)
+        except BaseException:
+            self.close()
+            raise
+
+    def descriptors(self, writable: bool) -> list[int]:
+        """Give what a client maps: slots and words; words to be read only."""
+        return [self._handles[0 if writable else 2], self._handles[3]]
+
+    def close(self) -> None:
+        """Let go of the descriptors."""
+        while self._handles:
+            os.close(self._handles.pop())
+
+
+@dataclass(slots=True, eq=False)
+class Connection:
+    """One client's socket. Nothing is read from it while it is `held`."""
+
+    number: int
+    socket: socket.socket
+    process: int
+    inbox: bytearray = field(default_factory=bytearray)
+    outbox: deque[tuple[memoryview, list[int]]] = field(default_factory=deque)
+    unsent: int = 0
+    held: int = 0
+    ending: bool = False
+    waiting: deque[bytes] = field(default_factory=deque)
+    interest: int = select.EPOLLIN
+
+
+class Server:
+    """Serve engines to the other processes of this host, until `stop`.
+
+    `path` is the socket. Raises ConfigError where it cannot be made, DirectoryInUse where another
+    daemon serves it.
+    """
+
+    def __init__(self, config: Config, path: str | Path, http_port: int | None = None) -> None:
+        self.path = Path(path)
+        self.service = Service(self._admit, os.urandom)
+        self._config = config
+        self._uid = os.getuid()
+        self._stopping = threading.Event()
+        self._ready = self._closed = False
+        self._done: deque[tuple[Later, int | None]] = deque()  # work that has ended
+        self._connections: dict[int, Connection] = {}  # by descriptor
+        self._by_number: dict[int, Connection] = {}
+        self._processes: dict[int, int] = {}  # pidfd by number
+        self._watched: dict[int, int] = {}  # number by pidfd
+        self._numbers = 0
+        self._coder = m.Coder()
+        self._memories: dict[str, Shared] = {}
+        self._engines: dict[str, Engine] = {}
+        self._lock = _lock(self.path)
+        try:
+            self._listener = _listener(self.path)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        try:
+            self._wake_in, self._wake_out = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._epoll = select.epoll()
+            self._epoll.register(self._listener, select.EPOLLIN)
+            self._epoll.register(self._wake_in, select.EPOLLIN)
+            self._workers = Workers(WORKERS, "kvengine-serve", self._failed)
+            self._http = _serve_http(self, http_port) if http_port is not None else None
+            self._open_tenant(DEFAULT)
+            self._ready = True
+        except BaseException:
+            self._listener.close()
+            os.close(self._lock)
+            raise
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    # Tenants
+
+    def _open_tenant(self, name: str) -> None:
+        memory = Shared(self._config.memory_bytes, name)
+        try:
+            self._engines[name] = Engine(self._config, memory.arena, name)
+        except BaseException:
+            memory.close()
+            raise
+        self._memories[name] = memory
+
+    def _admit(self, peer: Peer, tenant: str, key: bytes) -> House | str:
+        """Say which tenant's blocks a client may use, or why none."""
+        engine = self._engines.get(tenant or DEFAULT)
+        if engine is None or peer.uid not in (self._uid, 0):
+            return (
+                f"tenant {tenant or DEFAULT!r} is not served to user {peer.uid}: run the client as "
+                "the user of the daemon"
+            )
+        return engine
+
+    # Running
+
+    @property
+    def port(self) -> int | None:
+        """Where /livez, /readyz and /metrics are; None where they are not served."""
+        return None if self._http is None else int(self._http.server_address[1])
+
+    def reasons(self) -> list[str]:
+        """Say why the daemon is not ready, [] if it is."""
+        found = [] if self._ready else ["starting: what the tiers hold is being read"]
+        if self._stopping.is_set():
+            found.append("stopping")
+        for name, engine in self._engines.items():
+            found += [f"{name}: {tier} is away" for tier in engine.away()]
+        return found
+
+    def metrics(self) -> bytes:
+        """Give the metrics of all tenants in the Prometheus text format."""
+        found = []
+        for engine in self._engines.values():
+            engine.stats()
+            found.append(engine.metrics.text())
+        return b"".join(found)
+
+    def run(self) -> None:
+        """Serve until `stop`; then let saves under way end, write what is committed, close."""
+        while not self._stopping.is_set():
+            self._turn()
+        self.service.draining = True
+        end = time.monotonic() + DRAIN_S
+        while time.monotonic() < end and self._filling():
+            self._turn(0.05)
+        self.close()
+
+    def stop(self) -> None:
+        """End `run` soon. May be called from any thread, and from a signal's handler."""
+        self._stopping.set()
+        self._wake()
+
+    def close(self) -> None:
+        """End all connections and engines, and remove the socket. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self._ready = False
+        self._stopping.set()
+        for connection in list(self._connections.values()):
+            self._close(connection)
+        self._workers.close(DRAIN_S)
+        if self._http is not None:
+            self._http.shutdown()
+            self._http.server_close()
+        for engine in self._engines.values():
+            engine.close()
+        for memory in self._memories.values():
+            memory.close()
+        for fd in self._processes.values():
+            os.close(fd)
+        self._processes, self._watched = {}, {}
+        self._listener.close()
+        self._epoll.close()
+        os.close(self._wake_in)
+        os.close(self._wake_out)
+        self.path.unlink(missing_ok=True)
+        os.close(self._lock)
+
+    def _filling(self) -> bool:
+        return any(session.reservations for session in self.service.sessions if not session.lost)
+
+    def _failed(self, error: Exception) -> None:
+        for engine in self._engines.values():
+            engine.metrics.add("tier_failures", 1, tier="daemon")
+
+    def _turn(self, wait_s: float = math.inf) -> None:
+        """Wait for what comes next, and see to all that has come."""
+        now = time.monotonic()
+        wait_s = min(wait_s, max(0.0, self.service.next_tick - now))
+        for fd, event in self._epoll.poll(None if wait_s == math.inf else wait_s):
+            if (connection := self._connections.get(fd)) is not None:
+                if event & ~select.EPOLLOUT:
+                    self._read(connection)
+                if event & select.EPOLLOUT and fd in self._connections:
+                    self._write(connection)
+            elif fd == self._listener.fileno():
+                self._accept()
+            elif fd == self._wake_in:
+                _drain(fd)
+            elif fd in self._watched:
+                self._act(self.service.exited(self._watched[fd], time.monotonic()))
+        while self._done:
+            later, held = self._done.popleft()
+            self._act(later.then(time.monotonic()))
+            if held is not None and (connection := self._by_number.get(held)) is not None:
+                connection.held -= 1
+                self._take(connection)
+        if self.service.next_tick <= (now := time.monotonic()):
+            self._act(self.service.tick(now))
+
+    def _wake(self) -> None:
+        try:
+            os.write(self._wake_out, b"\0")
+        except OSError:
+            pass  # it is full: the loop will wake all the same; or closed: there is none
+
+    # Connections
+
+    def _accept(self) -> None:
+        try:
+            client, _ = self._listener.accept()
+        except OSError:
+            return  # it has gone already, or there are no descriptors left
+        client.setblocking(False)
+        if len(self._connections) >= CONNECTIONS_MAX:
+            client.close()
+            return
+        pid, uid, gid = struct.unpack(
+            "3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        )
+        try:
+            pidfd = _pidfd(client, pid)
+        except OSError:
+            client.close()  # it cannot be seen when it ends: what it holds could never be freed
+            return
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
+        self._numbers += 1
+        connection = Connection(self._numbers, client, self._numbers)
+        self._connections[client.fileno()] = self._by_number[connection.number] = connection
+        self._processes[connection.process], self._watched[pidfd] = pidfd, connection.process
+        self._epoll.register(client, select.EPOLLIN)
+        self._epoll.register(pidfd, select.EPOLLIN)
+        peer = Peer(connection.process, pid, uid, gid)
+        self._act(self.service.connected(connection.number, peer))
+
+    def _close(self, connection: Connection) -> None:
+        fd = connection.socket.fileno()
+        if self._connections.pop(fd, None) is None:
+            return
+        del self._by_number[connection.number]
+        self._epoll.unregister(fd)
+        connection.socket.close()
+        self._act(self.service.closed(connection.number, time.monotonic()))
+
+    def _forget(self, process: int) -> None:
+        pidfd = self._processes.pop(process, None)
+        if pidfd is not None:
+            del self._watched[pidfd]
+            self._epoll.unregister(pidfd)
+            os.close(pidfd)
+
+    def _read(self, connection: Connection) -> None:
+        for _ in range(READS_MAX):
+            if connection.held or connection.ending or connection.number not in self._by_number:
+                return
+            try:
+                data = connection.socket.recv(RECEIVE_BYTES)
+            except BlockingIOError:
+                return
+            except OSError:
+                data = b""
+            if not data:
+                self._close(connection)
+                return
+            try:
+                if connection.inbox:
+                    connection.inbox += data
+                    found, connection.inbox = m.split(connection.inbox)
+                else:
+                    found, connection.inbox = m.split(bytearray(data))
+            except m.Wrong:
+                self._close(connection)
+                return
+            connection.waiting.extend(found)
+            self._take(connection)
+            if len(data) < RECEIVE_BYTES:
+                return
+
+    def _take(self, connection: Connection) -> None:
+        """Answer messages that have come, until one of them is to be waited for."""
+        while connection.waiting and not connection.held and not connection.ending:
+            try:
+                message = self._coder.request(connection.waiting.popleft())
+            except m.Wrong:
+                self._close(connection)
+                return
+            self._act(self.service.received(connection.number, message, time.monotonic()))
+            if connection.number not in self._by_number:
+                return
+        self._listen(connection)
+
+    def _act(self, actions: Iterable[Action]) -> None:
+        for action in actions:
+            match action:
+                case Send():
+                    self._send(action)
+                case Later():
+                    self._begin(action)
+                case End():
+                    connection = self._by_number.get(action.connection)
+                    if connection is not None:
+                        connection.ending = True
+                        if not connection.outbox:
+                            self._close(connection)
+                case Forget():
+                    self._forget(action.process)
+
+    def _begin(self, later: Later) -> None:
+        held = later.connection
+        connection = None if held is None else self._by_number.get(held)
+        if connection is not None:
+            connection.held += 1
+
+        def done() -> None:
+            self._done.append((later, None if connection is None else held))
+            self._wake()
+
+        self._workers.submit(partial(later.start, done))
+
+    def _send(self, action: Send) -> None:
+        connection = self._by_number.get(action.connection)
+        if connection is None:
+            return
+        descriptors: list[int] = []
+        if action.memory is not None:
+            memory = self._memories[action.memory.tenant]
+            descriptors = memory.descriptors(action.writable)
+        data = memoryview(self._coder.frame(action.message))
+        connection.outbox.append((data, descriptors))
+        connection.unsent += len(data)
+        self._write(connection)
+
+    def _write(self, connection: Connection) -> None:
+        outbox = connection.outbox
+        try:
+            while outbox:
+                data, descriptors = outbox[0]
+                if descriptors:
+                    sent = socket.send_fds(connection.socket, [data], descriptors)
+                else:
+                    sent = connection.socket.send(data)
+                connection.unsent -= sent
+                if sent == len(data):
+                    outbox.popleft()
+                else:
+                    outbox[0] = (data[sent:], [])
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._close(connection)
+            return
+        if connection.unsent > UNSENT_BYTES_MAX or (connection.ending and not outbox):
+            self._close(connection)
+            return
+        self._listen(connection)
+
+    def _listen(self, connection: Connection) -> None:
+        """Wait for what a connection can do now."""
+        interest = select.EPOLLOUT if connection.outbox else 0
+        if not connection.held and not connection.ending:
+            interest |= select.EPOLLIN
+        if interest != connection.interest and connection.number in self._by_number:
+            connection.interest = interest
+            self._epoll.modify(connection.socket, interest)
+
+
+def _lock(path: Path) -> int:
+    """Take the lock that says who serves a socket; it ends with the process."""
+    try:
+        handle = os.open(f"{path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError(
+            f"the socket {path} cannot be made: {error.strerror}; name one in a directory that "
+            "exists and that this user may write"
+        ) from None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise DirectoryInUse(
+            f"another daemon serves {path}: stop it, or name another socket"
+        ) from None
+    return handle
+
+
+def _listener(path: Path) -> socket.socket:
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)  # one that an earlier daemon has left: the lock is ours
+        found.bind(str(path))
+        os.chmod(path, 0o666)  # whoever connects is asked who they are
+        found.listen(256)
+        found.setblocking(False)
+    except OSError as error:
+        found.close()
+        raise ConfigError(f"the socket {path} cannot be made: {error.strerror}") from None
+    return found
+
+
+def _pidfd(client: socket.socket, pid: int) -> int:
+    """Return a descriptor that tells when the process at the other end ends."""
+    try:
+        packed = client.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4)
+        return int(struct.unpack("i", packed)[0])
+    except OSError:
+        return os.pidfd_open(pid)
+
+
+def _drain(fd: int) -> None:
+    try:
+        while os.read(fd, 4096):
+            pass
+    except BlockingIOError:
+        pass
+
+
+def _serve_http(server: Server, port: int) -> ThreadingHTTPServer:
+    """Serve what watchers and scrapers ask for, on loopback."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, kind, body = 200, "text/plain; charset=utf-8", b"ok\n"
+            if self.path == "/readyz":
+                if reasons := server.reasons():
+                    status, body = 503, "".join(f"{each}\n" for each in reasons).encode()
+            elif self.path == "/metrics":
+                kind, body = "text/plain; version=0.0.4; charset=utf-8", server.metrics()
+            elif self.path != "/livez":
+                status, body = 404, b"known are /livez, /readyz and /metrics\n"
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    try:
+        found = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+    except OSError as error:
+        raise ConfigError(f"port {port} of 127.0.0.1 cannot be used: {error.strerror}") from None
+    found.daemon_threads = True
+    threading.Thread(target=found.serve_forever, name="kvengine-http", daemon=True).start()
+    return found
