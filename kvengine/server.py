@@ -151,7 +151,8 @@ class Server:
     def _open_tenant(self, name: str) -> None:
         memory = Shared(self._config.memory_bytes, name)
         try:
-            self._engines[name] = Engine(self._config, memory.arena, name)
+            engine = self._engines[name] = Engine(self._config, memory.arena, name)
+            engine.settle()  # no client is to wait for compiled loops to be loaded
         except BaseException:
             memory.close()
             raise

@@ -21,7 +21,7 @@ class Daemon:
 
     def __init__(self, folder: Path, url: str = "mem://?size=4M", *more: str) -> None:
         self.socket = folder / "kv.sock"
-        self.url = f"unix://{self.socket}"
+        self.url = f"unix://{self.socket}?timeout_s=20"  # the machine may be busy
         self._command = [sys.executable, "-m", "kvengine.cli", "serve", url]
         self._command += ["--socket", str(self.socket), "--http", "0", *more]
         self.start()
