@@ -161,9 +161,9 @@ class Engine:
         names the serving engine's own hash where keys are made of it. `fidelity` is "exact", or
         "int8", "fp8", "int4" or "rot4": what is loaded then is close to what was saved, blocks
         take a half or a quarter of the memory, and none of them answers another fidelity's key.
-        After `ttl_s` from their save its blocks leave memory, used or not; the last one given for a
-        namespace counts. Raises LayoutError for a layout that the fidelity cannot take, ConfigError
-        for a `ttl_s` that is no time.
+        After `ttl_s` from their save its blocks leave memory and tiers, used or not; the last one
+        given for a namespace counts. Raises LayoutError for a layout that the fidelity cannot take,
+        ConfigError for a `ttl_s` that is no time.
         """
         self._alive()
         smaller = self.config.lossless and launch.available("numba")  # else copying is far faster

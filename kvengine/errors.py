@@ -5,6 +5,7 @@
     ├── LayoutError        an array, block table or layout that does not fit the namespace
     ├── BadKey             a key or token sequence of the wrong form
     ├── FrameError         bytes that are not a whole, untouched frame
+    │   └── FrameExpired   a frame that has outlived its time to live
     ├── DirectoryInUse     another process holds the directory
     ├── TraceError         a trace file that cannot be read or replayed: the line, what was expected
     ├── ModelNotSupported  a model or cache that an adapter cannot map
@@ -33,6 +34,10 @@ class BadKey(KVEngineError, ValueError):
 
 class FrameError(KVEngineError, ValueError):
     """Bytes that are not a whole, untouched frame. Inside the engine: a counted miss."""
+
+
+class FrameExpired(FrameError):
+    """A whole frame that has outlived its time to live. Inside the engine: a miss."""
 
 
 class DirectoryInUse(KVEngineError, OSError):

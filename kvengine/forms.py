@@ -59,11 +59,12 @@ class Form:
         fill: bytes,
         positions: Sequence[int],
         digests: NDArray[np.uint64],
+        expires: Sequence[int] | None = None,
     ) -> None:
         """Write one part's headers into slots. digests: uint64[n, segments, 2]."""
         start, end = part * self.step, part * self.step + self.template.frame_bytes
         padding = bytes(0 if part + 1 == len(self.templates) else self.step + start - end)
-        headers = self.templates[part].write(keys, parents, fill, positions, digests)
+        headers = self.templates[part].write(keys, parents, fill, positions, digests, expires)
         for slot, header in zip(slots, headers, strict=True):
             room = memory(slot, end + len(padding))
             room[start : start + len(header)] = header

@@ -17,7 +17,8 @@
     152     2      digest kind (1 xxh3-128)
     154     2      flags (0)
     156     4      key id for sealing (0: plain)
-    160     96     reserved, zero
+    160     4      expires: seconds since 1970 after which it is not used (0: never)
+    164     92     reserved, zero
     256     16 S   segments: offset u64, bytes u64 each
     …       16 S   their digests: low u64, high u64 each
     …              zero, up to 16 bytes before the header's end
@@ -60,10 +61,12 @@ DIGEST_XXH3_128 = 1
 PAGE_BYTES = 4096
 FIXED_BYTES = 256
 FILL = slice(120, 136)
+EXPIRES = slice(160, 164)
+NEVER = 0
 SEGMENT_BYTES = 32
 DIGEST_BYTES = 16
 
-_FIXED = struct.Struct("<4sHHIIQ32s32s32s16s4HIIHHI96s")
+_FIXED = struct.Struct("<4sHHIIQ32s32s32s16s4HIIHHII92s")
 assert _FIXED.size == FIXED_BYTES
 
 
@@ -117,6 +120,7 @@ class Header:
     encoding: int = ENCODING_RAW
     digest_kind: int = DIGEST_XXH3_128
     key_id: int = 0
+    expires: int = NEVER
 
     @property
     def payload_bytes(self) -> int:
@@ -149,7 +153,8 @@ class Header:
             self.digest_kind,
             0,
             self.key_id,
-            bytes(96),
+            self.expires,
+            bytes(92),
         )
         tables = self.segments.astype("<u8").tobytes() + self.digests.astype("<u8").tobytes()
         data = (fixed + tables).ljust(size - DIGEST_BYTES, b"\0")
@@ -166,7 +171,7 @@ def decode(data: bytes | memoryview) -> Header:
     (magic, version, encoding, size, count, payload, key, parent, identity, fill, *rest) = (
         _FIXED.unpack_from(data)
     )
-    (layer, layer_end, head, head_end, position, tokens, kind, flags, key_id, blank) = rest
+    (layer, layer_end, head, head_end, position, tokens, kind, flags, key_id, expires, blank) = rest
     if magic != MAGIC:
         raise FrameError(f"no frame: it begins with {bytes(magic)!r}, expected {MAGIC!r}")
     if version != VERSION:
@@ -202,6 +207,7 @@ def decode(data: bytes | memoryview) -> Header:
         encoding,
         kind,
         key_id,
+        expires,
     )
 
 
@@ -233,9 +239,10 @@ class Template:
     layout: of a block that is one frame, or of one part; segment_bytes: uint64[layers], sizes of
     the encoded segments; those of `raw` if None; part: which one it is of its block.
 
-    Only key, parent, fill, position and digests differ between frames of a namespace; the rest is
-    laid down once here, and compared byte for byte on reading. Plain bytes, not arrays: after a
-    large copy the processor's caches are cold, and an array operation then costs ten times more.
+    Only key, parent, fill, position, digests and when it expires differ between frames of a
+    namespace; the rest is laid down once here, and compared byte for byte on reading. Plain bytes,
+    not arrays: after a large copy the processor's caches are cold, and an array operation then
+    costs ten times more.
     """
 
     def __init__(
@@ -269,7 +276,7 @@ class Template:
         self._digests_at = FIXED_BYTES + self._step
         digests_end = self._digests_at + self._step
         self._start, self._identity, self._part = blank[:24], blank[88:120], blank[136:144]
-        self._middle = blank[148 : self._digests_at]
+        self._middle = blank[148 : EXPIRES.start], blank[EXPIRES.stop : self._digests_at]
         self._padding = blank[digests_end:-DIGEST_BYTES]
 
     def write(
@@ -279,18 +286,19 @@ class Template:
         fill: bytes,
         positions: Sequence[int],
         digests: NDArray[np.uint64],
+        expires: Sequence[int] | None = None,
     ) -> Iterator[bytes]:
-        """Yield the headers of n frames. digests: uint64[n, segments, 2]."""
+        """Yield n headers. digests: uint64[n, segments, 2]; expires: never, if None."""
+        expires = [NEVER] * len(keys) if expires is None else expires
         start, identity, part = self._start, self._identity, self._part
-        middle, padding, step = self._middle, self._padding, self._step
+        (before, after), padding, step = self._middle, self._padding, self._step
         table = digests.tobytes()
         at = 0
-        for key, parent, position in zip(keys, parents, positions, strict=True):
-            place = position.to_bytes(4, "little")
+        for key, parent, position, life in zip(keys, parents, positions, expires, strict=True):
+            place, end = position.to_bytes(4, "little"), life.to_bytes(4, "little")
             digest = table[at : at + step]
-            data = b"".join(
-                (start, key, parent, identity, fill, part, place, middle, digest, padding)
-            )
+            middle = (place, before, end, after)
+            data = b"".join((start, key, parent, identity, fill, part, *middle, digest, padding))
             yield data + _digest(data)
             at += step
 
@@ -311,7 +319,7 @@ class Template:
                 and data[:24] == self._start
                 and data[88:120] == self._identity
                 and data[136:144] == self._part
-                and data[148:start] == self._middle
+                and (data[148 : EXPIRES.start], data[EXPIRES.stop : start]) == self._middle
                 and data[end:-DIGEST_BYTES] == self._padding
             )
             tables.append(data[start:end].ljust(self._step, b"\0"))  # a header may be cut short
@@ -319,6 +327,14 @@ class Template:
             len(good), len(self.segments), 2
         )
         return np.array(good, dtype=np.bool_), digests
+
+
+def expires_of(frame: bytes | memoryview) -> int:
+    """Return after which second since 1970 a frame is not used, NEVER where it always is.
+
+    Nothing is verified; what is no frame never expires.
+    """
+    return int.from_bytes(frame[EXPIRES], "little") if frame[:4] == MAGIC else NEVER
 
 
 def verify_payload(

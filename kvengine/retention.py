@@ -19,7 +19,8 @@ class Retention:
     `priority` 0..100: below 50 they leave before all others, above 50 after all others, for
     `duration_s` from the put (None: as long as they are in memory). It is for the blocks that hold
     a token of first_token..last_token of the prompt (None: to its end). After `ttl_s` from the put
-    the blocks of that range leave memory, used or not. Raises ConfigError for what cannot be.
+    the blocks of that range are misses, used or not, in memory and in tiers. Raises ConfigError for
+    what cannot be.
     """
 
     priority: int = PRIORITY

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -56,6 +58,8 @@ def group_of(keys: BlockKeys, fill: bytes | None) -> bytes | None:
         )
     return fill
 
+EXPIRES_MAX = (1 << 32) - 1
+
 
 class Save:
     """One save under way. The first block of a prompt may take a form of its own.
@@ -94,6 +98,7 @@ class Save:
         self._good = np.zeros(len(keys), dtype=np.bool_)
         self._keep = keep
         self._before = np.zeros(len(keys), dtype=np.bool_)  # held when the save began
+        self._expires = self._lives()
         self._forms = store.forms(keys.namespace)
         self._saved = 0
         self._left = 1
@@ -237,10 +242,23 @@ class Save:
         parents = [keys.key(index - 1) if index else keys.parent for index in indices]
         positions = [keys.position + index for index in indices]
         slots = reservation.slots.tolist()
+        lives = [self._expires[position - self._keys.position] for position in positions]
         for at, number in enumerate(self._view.numbers):
             form.write(
-                view, slots, number, names, parents, reservation.fill, positions, digests[at]
+                view, slots, number, names, parents, reservation.fill, positions, digests[at], lives
             )
+
+    def _lives(self) -> list[int]:
+        """Return the second after which each block is used no more, also in tiers below."""
+        ends = np.zeros(len(self._keys), dtype=np.int64)
+        tokens = self._keys.namespace.layout.block_tokens
+        for asked in self._keep:
+            if asked.ttl_s is not None:
+                part = asked.blocks(self._keys.position, len(self._keys), tokens)
+                end = min(math.ceil(time.time() + asked.ttl_s), EXPIRES_MAX)
+                ends[part] = np.maximum(ends[part], end)
+        lives: list[int] = ends.tolist()
+        return lives
 
     def _run_done(self) -> None:
         with self._lock:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,8 @@ from kvengine.compiled import Int32s, Int64s
 from kvengine.errors import LayoutError
 from kvengine.fills import Fills, Settled
 from kvengine.forms import Form, form_of
-from kvengine.frame import PAGE_BYTES
+from kvengine.frame import EXPIRES, PAGE_BYTES, expires_of
+from kvengine.frame import NEVER as NO_EXPIRY
 from kvengine.index import (
     COMMITTED,
     DOOMED,
@@ -43,7 +45,7 @@ from kvengine.layout import Layout
 from kvengine.lease import Bools, Lease, Reservation
 from kvengine.metrics import Metrics
 from kvengine.policy import NO_PARENT, Policy, Request, Run
-from kvengine.policy.retention import NEVER, Retained
+from kvengine.policy.retention import NEVER, USUAL, Retained
 from kvengine.retention import Retention
 from kvengine.tiers import Held, Span, Tier
 from kvengine.transient import Transients
@@ -110,6 +112,7 @@ class Store:
         self._lent_pages = 0
         self._transients = Transients()
         self._dead: deque[bytes] = deque()
+        self._outlived: list[bytes] = []  # keys that tiers are to drop
 
     # Namespaces and tiers
 
@@ -226,6 +229,7 @@ class Store:
             lease = Lease(keys, ids, in_memory, now + self._lease_s, self.release)
             if len(ids):
                 self._leases[lease.token] = lease
+        self._drop_outlived()
         return lease
 
     def release(self, lease: Lease) -> None:
@@ -388,6 +392,7 @@ class Store:
                 self._reservations[reservation.token] = reservation
             elif len(new):
                 self._joined[reservation.token] = (new, keys.namespace.view.mask)
+        self._drop_outlived()
         return reservation
 
     def commit(self, reservation: Reservation, good: Bools | None = None) -> int:
@@ -525,6 +530,8 @@ class Store:
         """
         if parents is None:
             parents = np.full(len(ids), NO_PARENT, dtype=np.int32)
+        lives = self._lives(slots, keep)
+        retained = self.retaining() if lives.any() else None
         now = self._clock()
         with self._lock:
             nbytes = self._spaces[int(self._index.rows[ids[0], NAMESPACE])].nbytes
@@ -541,9 +548,22 @@ class Store:
             prints = self._index.prints(ids)
             for run in _split(ids[first], prints[first], parents[first], nbytes):
                 self._policy.added(run, now)
+            if retained is not None:
+                for life in np.unique(lives[first & (lives > 0)]).tolist():
+                    here = ids[first & (lives == life)]
+                    retained.keep(here, np.ones_like(here), USUAL, NEVER, now + life, now)
             self._policy.held(ids[first])
             self._transients.add(ids[first], self.arena.pages_of(nbytes))
             self._metrics.add("fetched_blocks", int(first.sum()), tier=self._tiers[tier].name)
+
+    def _lives(self, slots: Slots, keep: Bools) -> NDArray[np.float64]:
+        """Return how many seconds blocks have left to live, by their frames; 0: no limit."""
+        lives = np.zeros(len(slots))
+        for at in np.flatnonzero(keep).tolist():
+            expires = expires_of(self.arena.view(int(slots[at]), EXPIRES.stop))
+            if expires != NO_EXPIRY:
+                lives[at] = max(1e-3, expires - time.time())
+        return lives
 
     def corrupt(self, ids: Int32s, tier: int | None) -> None:
         """Drop pinned blocks whose bytes did not verify: no one is served them again.
@@ -925,6 +945,12 @@ class Store:
         self._forget(ids)
         return keys
 
+    def _drop_outlived(self) -> None:
+        """Not under the lock: have tiers drop what has outlived its time to live."""
+        if self._outlived:
+            keys, self._outlived = self._outlived, []
+            self._drop_below(keys)
+
     def _drop_below(self, keys: Sequence[bytes], asked: Sequence[bytes] = ()) -> None:
         for tier in self._tiers:
             tier.drop(asked or keys if tier.remote else keys)
@@ -971,7 +997,11 @@ class Store:
         Leases and reservations stand in order of deadline.
         """
         for old in self._policy.expired(now):
+            below = old[self._index.tiers(old) != 0]
+            self._outlived += [key.tobytes() for key in self._index.keys(below)]
+            below = below[~self._found_nowhere_else(below)]
             self._evict(old, "time")
+            self._forget(below)
         while self._dead:
             self._acknowledge(self._dead.popleft())
         self._void(self._fills.expire(now), "missing")

@@ -14,11 +14,13 @@ from kvengine import Layout
 from kvengine.errors import FrameError
 from kvengine.frame import (
     FIXED_BYTES,
+    NEVER,
     PAGE_BYTES,
     Header,
     Template,
     decode,
     digests_of,
+    expires_of,
     header_bytes,
     header_digest,
     verify_payload,
@@ -42,11 +44,12 @@ GOLDEN = [
     (152, "0100"),  # digest kind
     (154, "0000"),  # flags
     (156, "14131211"),  # key id
+    (160, "18171615"),  # expires
     (256, "00000000000000002800000000000000"),  # first segment: offset, bytes
     (272, "28000000000000001800000000000000"),  # second segment
     (288, "887766554433221100ffeeddccbbaa99"),  # digest of the first: low, high
     (304, "efcdab89674523011032547698badcfe"),  # digest of the second
-    (4080, "2c3e08ef70384c238f069704519a2d83"),  # digest of all before it
+    (4080, "6b807929012312af14c3797a50ae5fb5"),  # digest of all before it
 ]
 HEADER = Header(
     key=bytes(range(1, 33)),
@@ -62,6 +65,7 @@ HEADER = Header(
         np.uint64,
     ),
     key_id=0x11121314,
+    expires=0x15161718,
 )
 SMALL = Layout(2, 1, 1, 1, "uint8", 4)
 IDENTITY = bytes(range(32))
@@ -152,6 +156,7 @@ def headers(draw: st.DrawFn) -> Header:
         segments=np.stack([np.cumsum(sizes) - sizes, sizes], axis=1),
         digests=np.array([(draw(words), draw(words))] * count, np.uint64),
         key_id=draw(st.integers(0, (1 << 32) - 1)),
+        expires=draw(st.integers(0, (1 << 32) - 1)),
     )
 
 
@@ -162,6 +167,7 @@ def test_what_is_encoded_is_decoded(header, payload):
     assert equal(decode(data), header) and equal(decode(memoryview(data + payload)), header)
     assert decode(data).encode() == data
     assert header_digest(memoryview(data + payload)) == data[-16:]
+    assert expires_of(data) == header.expires and expires_of(b"no frame" + data[8:]) == NEVER
 
 
 def test_any_flipped_bit_of_a_header_is_noticed():
@@ -229,7 +235,7 @@ def test_a_cut_header_does_not_hide_its_neighbours():
         (16, "Q", [(1 << 64) - 1], "segments of 16 bytes in a payload of 18446744073709551615"),
         (152, "H", [2], "digest kind 2.*not known"),
         (154, "H", [1], "flags 1: not known"),
-        (160, "B", [1], "not known"),
+        (164, "B", [1], "not known"),
         (255, "B", [1], "not known"),
         (4079, "B", [1], "not known"),
         (256, "Q", [1], "do not tile"),
@@ -251,7 +257,7 @@ def test_a_field_that_does_not_hold_is_named(offset, form, values, said):
 
 
 @pytest.mark.parametrize(
-    "offset", [*range(24), *range(88, 120), *range(136, 144), *range(148, 288)]
+    "offset", [*range(24), *range(88, 120), *range(136, 144), *range(148, 160), *range(164, 288)]
 )
 def test_a_template_takes_no_frame_of_another_namespace(offset):
     """What is fixed in a namespace is compared, whatever the header's digest says."""
@@ -301,15 +307,19 @@ def test_a_template_writes_what_a_header_encodes(frames, layers, seed):
         0, 1 << 64, (len(frames), layers, 2), dtype=np.uint64
     )
     keys, parents, positions = ([frame[i] for frame in frames] for i in range(3))
-    written = list(template.write(keys, parents, FILL, positions, digests))
+    lives = [seed * at % (1 << 32) for at in range(len(frames))]
+    written = list(template.write(keys, parents, FILL, positions, digests, lives))
+    part, segments = (0, layers, 0, 3), template.segments
     expected = [
-        Header(key, parent, IDENTITY, FILL, (0, layers, 0, 3), place, 16, template.segments, digest)
-        for (key, parent, place), digest in zip(frames, digests, strict=True)
+        Header(key, parent, IDENTITY, FILL, part, place, 16, segments, digest, expires=life)
+        for (key, parent, place), digest, life in zip(frames, digests, lives, strict=True)
     ]
     assert written == [header.encode() for header in expected]
     assert all(equal(decode(a), b) for a, b in zip(written, expected, strict=True))
     good, found = template.read([memoryview(data) for data in written], keys)
     assert good.all() and np.array_equal(found, digests)
+    for_ever = list(template.write(keys, parents, FILL, positions, digests))
+    assert [expires_of(data) for data in for_ever] == [NEVER] * len(frames)
     others = [bytes([key[0] ^ 1]) + key[1:] for key in keys]
     assert not template.read(written, others)[0].any()
     assert not Template(of, bytes(32)).read(written, keys)[0].any()

@@ -1,5 +1,7 @@
 """Levels, times to live and hints: what leaves first, what stays, and that nothing is left over."""
 
+import time
+
 import numpy as np
 import pytest
 from hypothesis import settings
@@ -236,6 +238,70 @@ def test_a_life_that_is_over_is_a_miss(monkeypatch):
             assert rig.check_right(engine, plain, caches).sum() == held
         assert engine.metrics.get("evicted_blocks", reason="time") == 9
         engine.check()
+
+
+def test_a_life_that_is_over_is_over_in_tiers_too(monkeypatch, tmp_path):
+    """After a restart as well, and where memory had given the block up before."""
+    url, clock = f"mem://?size=4M | file://{tmp_path}/kv?size=16M", [1000.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    caches = rig.caches(OF, 6, seed=1)
+    for opened in range(2):
+        with kvengine.open(url, threads=1, lossless=False) as engine:
+            limited = rig.names(engine, OF, salt="limited", ttl_s=10).keys(rig.prompt(6, OF))
+            plain = rig.names(engine, OF).keys(rig.prompt(6, OF))
+            if not opened:
+                rig.save(engine, limited, caches)
+                rig.save(engine, plain, caches)
+                assert engine.flush(rig.WAIT_S)
+            engine.squeeze(0)
+            assert rig.check_right(engine, limited, caches).all()
+            engine.squeeze(0)
+            clock[0] = 1010.0 if opened else 1009.0
+            assert rig.check_right(engine, limited, caches).all() == (not opened)
+            assert rig.check_right(engine, plain, caches).all()
+            engine.check()
+            if opened:
+                assert not rig.check_right(engine, limited, caches).any()
+                assert engine.metrics.get("expired", kind="block") == 6
+                assert engine.stats()["corrupt_blocks"] == 0
+                rig.save(engine, limited, caches)
+                engine.squeeze(0)
+                assert rig.check_right(engine, limited, caches).all()
+
+
+def test_what_expires_in_memory_leaves_the_tiers(monkeypatch, tmp_path):
+    with kvengine.open(f"mem://?size=4M | file://{tmp_path}/kv?size=16M", lossless=False) as engine:
+        clock = [0.0]
+        monkeypatch.setattr(engine._store, "_clock", lambda: clock[0])
+        keys = rig.names(engine, OF, ttl_s=10).keys(rig.prompt(6, OF))
+        rig.save(engine, keys, rig.caches(OF, 6, seed=1))
+        assert engine.flush(rig.WAIT_S) and engine.stats()["disk_blocks"] == 6
+        clock[0] = 11.0
+        assert engine.match(keys).blocks == 0 == engine.probe(keys)
+        assert engine.stats()["disk_blocks"] == 0 == engine.stats()["tier_bytes"]
+        engine.check()
+
+
+def test_a_block_that_comes_back_brings_its_life(monkeypatch, tmp_path):
+    """Its frame says until when, to an engine that has never heard of it."""
+    url = f"mem://?size=4M | file://{tmp_path}/kv?size=16M"
+    caches = rig.caches(OF, 6, seed=1)
+    with kvengine.open(url, lossless=False) as engine:
+        keys = rig.names(engine, OF).keys(rig.prompt(6, OF))
+        rig.save(engine, keys, caches, retention=Retention(ttl_s=1000))
+    with kvengine.open(url, lossless=False) as engine:
+        start = time.monotonic()
+        clock = [start]
+        monkeypatch.setattr(engine._store, "_clock", lambda: clock[0])
+        keys = rig.names(engine, OF).keys(rig.prompt(6, OF))
+        assert rig.check_right(engine, keys, caches).all()
+        assert engine.stats()["memory_blocks"] == 6
+        clock[0] = start + 900.0
+        with engine.match(keys) as lease:
+            assert lease.in_memory == 6
+        clock[0] = start + 1002.0
+        assert engine.match(keys).blocks == 0
+        assert engine.metrics.get("evicted_blocks", reason="time") == 6
 
 
 def test_priorities_and_hints_in_a_live_engine():

@@ -14,6 +14,7 @@ import rig
 import servers
 from kvengine import ConfigError, Engine
 from kvengine.frame import frame_bytes
+from kvengine.retention import Retention
 
 OF = rig.layout()
 FRAME = frame_bytes(OF)
@@ -120,6 +121,17 @@ def test_ttl_is_passed_on_and_what_expires_is_a_miss(redis):
         assert engine.probe(keys) == 1
         assert engine.stats()["corrupt_blocks"] == 0
         engine.check()
+
+
+def test_a_life_of_a_block_goes_with_it(redis):
+    """It expires there by itself, whoever asks; the shorter of both lives counts."""
+    with open_at(redis, "&ttl_s=500") as engine, redis.client() as client:
+        keys = keys_of(engine)
+        asked = [Retention(ttl_s=100, last_token=16), Retention(ttl_s=900, first_token=32)]
+        rig.save(engine, keys, SOURCE, retention=asked)
+        assert engine.flush(rig.WAIT_S)
+        lives = [client.ttl(f"kvengine:{keys.key(at).hex()}") for at in range(BLOCKS)]
+        assert 98 <= lives[0] <= 101 and all(498 <= life <= 500 for life in lives[1:])
 
 
 @pytest.mark.parametrize("spoil", ["flip", "cut", "longer", "swapped", "a list"])

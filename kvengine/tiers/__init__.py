@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvengine import frame
-from kvengine.errors import FrameError
+from kvengine.errors import FrameError, FrameExpired
 
 # How long a table of reads or writes may wait for its turn, where the caller has no deadline.
 DEADLINE_S = 60.0
@@ -51,7 +52,9 @@ class Held:
 
 
 def verify(span: Span) -> None:
-    """Verify what was read for a span, header and payload. Raises FrameError.
+    """Verify what was read for a span, header and payload.
+
+    Raises FrameError; FrameExpired for what is whole, but has outlived its time to live.
 
     Each tier calls this in the thread that has read the bytes, before it reports them good.
     """
@@ -59,6 +62,8 @@ def verify(span: Span) -> None:
     for payload, header in frame.frames(span.frame[: span.nbytes]):
         if header.key != span.key:
             raise FrameError("a frame of another block")
+        if header.expires != frame.NEVER and time.time() >= header.expires:
+            raise FrameExpired("its time to live is over")
         at = span.nbytes - len(payload) if header.nbytes == span.nbytes else 0
         first, last = (start - at, stop - at) if at else (0, len(payload))
         if bad := frame.verify_payload(header, payload, first, last):

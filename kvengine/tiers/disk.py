@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvengine.compiled import Int32s
-from kvengine.errors import ConfigError, DirectoryInUse, FrameError
+from kvengine.errors import ConfigError, DirectoryInUse, FrameError, FrameExpired
 from kvengine.index import KeyTable, Words, grown
 from kvengine.keys import KEY_BYTES
 from kvengine.metrics import Metrics
@@ -370,6 +370,9 @@ class DiskTier:
                     raise FrameError("a slot with another block")
             verify(span)
             return True
+        except FrameExpired:
+            self._metrics.add("expired", 1, kind="block")
+            self._give_up(span.key, place)
         except FrameError:
             self._count("corrupt_blocks")
             self._give_up(span.key, place)
@@ -715,7 +718,8 @@ class DiskTier:
             verify(Span(header.key, room, header.frame_bytes))
             return target, self._folder.write(*target, room, header.frame_bytes)
         except (OSError, FrameError) as error:
-            self._failed(error)
+            if not isinstance(error, FrameExpired):
+                self._failed(error)
             self._written([target.segment])
             return None
 

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
-from kvengine.errors import ConfigError, FrameError
+from kvengine.errors import ConfigError, FrameError, FrameExpired
 from kvengine.metrics import Metrics
 from kvengine.tiers import Dropped, Held, Report, Span, verify
 from kvengine.tiers.breaker import Breaker
@@ -304,6 +304,9 @@ class RemoteTier:
                 try:
                     verify(span)
                     good = True
+                except FrameExpired:
+                    self._metrics.add("expired", 1, kind="block")
+                    bad.append(span.key)
                 except FrameError:
                     size = FOREIGN
             if size not in (ABSENT, span.nbytes) and not good:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kvengine.errors import ConfigError, DirectoryInUse, FrameError
+from kvengine.errors import ConfigError, DirectoryInUse, FrameError, FrameExpired
 from kvengine.tiers import Span, verify
 from kvengine.tiers.files import Files, OSFiles
 from kvengine.tiers.format import BLOCK, PAGE_BYTES
@@ -251,6 +251,9 @@ def _check(segments: Segments, segment: Segment, slot: int, found: Report) -> bo
         if header.kind == BLOCK:
             verify(Span(key, room, header.frame_bytes))
             found.blocks += 1
+        return True
+    except FrameExpired:
+        found.blocks += 1  # whole; given up when it is asked for, or its segment is used again
         return True
     except (FrameError, OSError) as error:
         found.damaged_blocks += 1

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from kvengine.config import Valkey
 from kvengine.errors import ConfigError
+from kvengine.frame import NEVER, expires_of
 from kvengine.tiers.remote import ABSENT, FOREIGN
 from kvengine.tiers.resp import Exchange, Piece, Reply, ReplyError, command, strings
 
@@ -107,13 +108,16 @@ class ValkeyClient:
         until: float,
         report: Callable[[int, bool], None],
     ) -> None:
-        """See Client. With `ttl_s` each value expires by itself."""
+        """See Client. With `ttl_s`, or where its frame says so, a value expires by itself."""
         keys = [name.encode() for name in names]
         ttl_ms = round((self._config.ttl_s or 0) * 1000)
-        life = b"$2\r\nPX\r\n$%d\r\n%d\r\n" % (len(str(ttl_ms)), ttl_ms) if ttl_ms else b""
 
         def send(index: int) -> list[Piece]:
-            key, value = keys[index], values[index]
+            key, value, life_ms = keys[index], values[index], ttl_ms
+            if (expires := expires_of(value)) != NEVER:
+                left_ms = max(1, round(1000 * (expires - time.time())))
+                life_ms = min(left_ms, ttl_ms) if ttl_ms else left_ms
+            life = b"$2\r\nPX\r\n$%d\r\n%d\r\n" % (len(str(life_ms)), life_ms) if life_ms else b""
             head = b"*%d\r\n$3\r\nSET\r\n$%d\r\n%s\r\n" % (5 if life else 3, len(key), key)
             return [head + b"$%d\r\n" % len(value), value, b"\r\n" + life]
 
