@@ -670,9 +670,9 @@ MUTATIONS = (
         "kvengine.tiers.disk",
         """            verify(span)
             return True
-        except FrameError:""",
+        except FrameExpired:""",
         """            return True
-        except FrameError:""",
+        except FrameExpired:""",
         lambda kind: bit_flips(kind, 100).well,
     ),
     Mutation(
