@@ -24,6 +24,7 @@ from kvengine.tiers.finder import Finder
 from kvengine.transfer import Job, Moving, Transfer, Transfers
 
 FILL_MAX = 1024
+EXPIRES_MAX = (1 << 32) - 1
 
 
 def saving(
@@ -57,8 +58,6 @@ def group_of(keys: BlockKeys, fill: bytes | None) -> bytes | None:
             "share (the request's id, say): these keys are of a part of each block"
         )
     return fill
-
-EXPIRES_MAX = (1 << 32) - 1
 
 
 class Save:
