@@ -35,6 +35,7 @@ from kvengine.adapters.transformers_identity import (
 from kvengine.adapters.transformers_rows import Row, Rows, Stream, batch, rows_of
 from kvengine.errors import ModelNotSupported
 from kvengine.keys import BlockKeys, Namespace
+from kvengine.layout import Layout
 from kvengine.lease import Lease
 from kvengine.transfer import Transfer
 
@@ -83,7 +84,7 @@ class PrefixCache:
         self.model = model
         self.layout = probe(model, block_tokens)
         self._salt, self._measure, self._clock = salt, measure, clock
-        self._guard = Guard(engine, "transformers", clock)
+        self.guard = Guard(engine, "transformers", clock)
         self._mark = mark(model)
         self._facts = describe(model, self.layout, revision)
         self._namespace()
@@ -349,7 +350,13 @@ class PrefixCache:
         return int(transfer.good.sum())
 
     def _namespace(self) -> Namespace:
-        """Where keys come from, as the weights and the engine's epoch are now."""
+        return self.names(self.layout)
+
+    def names(self, layout: Layout, kernel: str = "") -> Namespace:
+        """Return where keys come from, as the weights and the engine's epoch are now.
+
+        For K/V in this layout; `kernel` names the attention, where it is not the model's own.
+        """
         now = mark(self.model)
         if now != self._mark:
             check_model(self.model)
@@ -359,8 +366,8 @@ class PrefixCache:
         facts = self._facts
         return self.engine.namespace(
             model=facts.model,
-            revision=facts.revision,
-            layout=self.layout,
+            revision=f"{facts.revision}+{kernel}" if kernel else facts.revision,
+            layout=layout,
             kv_dtype=facts.kv_dtype,
             positional=facts.positional,
             salt=self._salt,
@@ -381,7 +388,7 @@ class PrefixCache:
         return bool(getattr(past, MARK, now) != now)
 
     def _guarded(self, verb: Callable[[], R], otherwise: Callable[[], R]) -> R:
-        return otherwise() if self.model.training else self._guard.guarded(verb, otherwise)
+        return otherwise() if self.model.training else self.guard.guarded(verb, otherwise)
 
     def _check(self, input_ids: torch.Tensor, options: dict[str, Any]) -> Rows:
         """Take the prompts; raises ModelNotSupported where the cache would not be theirs."""

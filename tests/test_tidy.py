@@ -92,6 +92,7 @@ LAYERS = (
     ("adapters.transformers_identity", "adapters.sglang_identity", "demo.text", "demo.model"),
     ("adapters.transformers_rows",),
     ("adapters.transformers", "adapters.vllm_halves"),
+    ("adapters.transformers_paged",),
     ("adapters.vllm", "adapters.sglang", "demo", "demo.steps"),
     ("cli",),
 )
