@@ -20,7 +20,7 @@ PRODUCT = ("kvengine", "kernels", "adapters")
 FOLDERS = (*PRODUCT, "tests", "bench")
 FILES = ("pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md")
 BANNED_STEMS = ("utils", "common", "helpers", "base", "core", "manager")
-HEAVY = ("torch", "triton", "jax", "jaxlib", "numba", "llvmlite", "transformers", "vllm", "sglang")
+HEAVY = tuple("torch triton jax jaxlib numba llvmlite transformers vllm sglang lmcache".split())
 
 # A module imports only from rows above its own. Names are below `kvengine.`; "" is the package
 # itself, what `import kvengine` gives. A row may name modules that are still to come.
@@ -93,7 +93,7 @@ LAYERS = (
     ("adapters.transformers_rows",),
     ("adapters.transformers", "adapters.vllm_halves"),
     ("adapters.transformers_paged",),
-    ("adapters.vllm", "adapters.sglang", "demo", "demo.steps"),
+    ("adapters.vllm", "adapters.sglang", "adapters.lmcache", "demo", "demo.steps"),
     ("cli",),
 )
 # Whoever may import is above, but these may not: tiers and peers are handed to the store.
