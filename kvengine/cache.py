@@ -16,7 +16,7 @@ from kvengine.adapters.array import View, view
 from kvengine.errors import LayoutError
 from kvengine.kernels.copy import Moves, Span
 from kvengine.kernels.rows import Rows
-from kvengine.layout import ITEM_BYTES, Layout, Part
+from kvengine.layout import ITEM_BYTES, Layout, Part, Place
 
 Int64s = NDArray[np.int64]
 MAPPING_MAX = 1 << 26
@@ -37,10 +37,11 @@ class PagedCache:
 
     paged NHD [blocks, block_tokens, heads, dim], paged HND [blocks, heads, block_tokens, dim],
     else NHD [tokens, heads, dim], HND [heads, tokens, dim]; opaque: [blocks, page_bytes] of a
-    1-byte dtype. Arrays stay the caller's; they are kept alive by this object. `heads`: the arrays
-    have these of the layout's heads alone, first to last, last excluded (None: all): blocks are
-    verified whole, and these heads of them loaded. Such a cache cannot be saved from.
-    Raises LayoutError naming the layer, what was given and what was expected.
+    1-byte dtype. Arrays stay the caller's; they are kept alive by this object. Raises LayoutError
+    naming the layer, what was given and what was expected.
+
+    `heads`: of what `part` returns, where the arrays have these of a part's heads alone, the last
+    excluded (None: all): parts are verified whole, and these heads of them loaded.
     """
 
     def __init__(
@@ -59,16 +60,7 @@ class PagedCache:
         self.writable = writable
         self.heads = heads or (0, layout.kv_heads)
         self.whole = self.heads == (0, layout.kv_heads)
-        if not 0 <= self.heads[0] < self.heads[1] <= layout.kv_heads:
-            raise LayoutError(
-                f"heads {self.heads} of a cache, expected (first, last) within the "
-                f"{layout.kv_heads} of the namespace's layout, last excluded"
-            )
-        if not self.whole and layout.part_count > 1:
-            raise LayoutError(
-                f"heads {self.heads} of blocks of {layout.part_count} parts: name whole parts with "
-                "names.part(heads=...), or open a layout of one"
-            )
+        assert 0 <= self.heads[0] < self.heads[1] <= layout.kv_heads
         self._views: list[View] = []
         self._strides: list[Strides] = []
         self.blocks = self.tokens = -1
@@ -81,26 +73,31 @@ class PagedCache:
         self.segments = self._segment_table()
         self._by_block = self._table(by_token=False) if self.page_tokens else None
         self._by_token: Int64s | None = None
-        self._parts: dict[Part, PagedCache] = {}
+        self._parts: dict[Place, PagedCache] = {}
 
-    def part(self, place: Part, layout: Layout) -> PagedCache:
-        """Return the arrays of some of its layers and heads. layout: that of the part."""
-        if layout == self.layout:
+    def part(self, place: Place, layout: Layout) -> PagedCache:
+        """Return what these arrays have of one part of each block.
+
+        layout: that of the part, with the layers that are in `place`.
+        """
+        if layout == self.layout and place.heads == (0, layout.kv_heads):
             return self
         found = self._parts.get(place)
         if found is None:
-            found = self._parts[place] = PagedCache(layout, self._narrowed(place), self.writable)
+            arrays = self._narrowed(place.part)
+            made = PagedCache(layout, arrays, self.writable, place.heads)
+            found = self._parts[place] = made
         return found
 
-    def _narrowed(self, place: Part) -> list[list[View]]:
+    def _narrowed(self, part: Part) -> list[list[View]]:
         count = len(self.layout.head_dims)
         axis = -2 if self.layout.order == "NHD" else -3
         return [
             [
-                each if self.layout.is_opaque else each.narrow(axis, place.head, place.head_end)
+                each if self.layout.is_opaque else each.narrow(axis, part.head, part.head_end)
                 for each in self._views[layer * count : (layer + 1) * count]
             ]
-            for layer in range(place.layer, place.layer_end)
+            for layer in range(part.layer, part.layer_end)
         ]
 
     def moves(

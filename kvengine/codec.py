@@ -9,7 +9,7 @@ becomes that its codec has found no room for.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -52,6 +52,10 @@ class Codec(Protocol):
     @property
     def segment_bytes(self) -> NDArray[np.uint64]:
         """Bytes of each encoded segment, in the order of the payload."""
+        ...
+
+    def cut(self, layers: int) -> Codec:
+        """Return the same codec for so many layers of each block, one after another."""
         ...
 
     def table(
@@ -145,7 +149,12 @@ class Raw:
     fidelity = EXACT
 
     def __init__(self, layout: Layout) -> None:
+        self._layout = layout
         self.segment_bytes = np.full(layout.layers, layout.segment_bytes, dtype=np.uint64)
+
+    def cut(self, layers: int) -> Codec:
+        """Cut."""
+        return Raw(replace(self._layout, layers=layers))
 
     def table(
         self,
@@ -216,11 +225,16 @@ class Lossless(Coded):
 
     def __init__(self, layout: Layout) -> None:
         assert self.pays(layout)
+        self._layout = layout
         parts = [
             lossless.encoded_nbytes(layout.block_tokens, layout.kv_heads * dim)
             for dim in layout.head_dims
         ]
         super().__init__(parts, layout.layers)
+
+    def cut(self, layers: int) -> Codec:
+        """Cut."""
+        return Lossless(replace(self._layout, layers=layers))
 
     @staticmethod
     def pays(layout: Layout) -> bool:
@@ -279,13 +293,17 @@ class Quantised(Coded):
             if wrong := quant.fits(scheme, dim):
                 raise LayoutError(f"fidelity {scheme!r}: {wrong}; ask for 'int8' or 'exact'")
         launch.load_quantizer(scheme)  # where the caller waits, and no thread is half-way in a fork
-        self._scheme = scheme
+        self._layout, self._scheme = layout, scheme
         self.encoding, self.fidelity = QUANTISED[scheme]
         parts = [
             sum(quant.planes(scheme, layout.kv_heads, layout.block_tokens, dim, part == 0))
             for part, dim in enumerate(layout.head_dims)
         ]
         super().__init__(parts, layout.layers)
+
+    def cut(self, layers: int) -> Codec:
+        """Cut."""
+        return Quantised(replace(self._layout, layers=layers), self._scheme)
 
     def encode(
         self,

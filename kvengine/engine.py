@@ -187,14 +187,13 @@ class Engine:
         arrays: Sequence[object],
         *,
         writable: bool = True,
-        heads: tuple[int, int] | None = None,
     ) -> PagedCache:
         """Check the caller's arrays once, for many calls of `save` and `load`.
 
-        arrays: one item a layer, as kvengine.cache.PagedCache says. heads: (first, last) of the
-        layout's heads that they have, last excluded; None: all. Raises LayoutError.
+        arrays: one item a layer, as kvengine.cache.PagedCache says; of `namespace.part` its layers
+        and heads. Raises LayoutError.
         """
-        return PagedCache(namespace.view.layout, arrays, writable, heads)
+        return PagedCache(namespace.view.layout, arrays, writable)
 
     # What is held
 

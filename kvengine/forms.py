@@ -45,9 +45,9 @@ class Form:
         """Bytes of a block."""
         return block_bytes(self.template.frame_bytes, len(self.templates))
 
-    def payload(self, part: int) -> int:
-        """Return where the payload of a part begins in a slot."""
-        return part * self.step + self.template.header_bytes
+    def payload(self, part: int, layer: int = 0) -> int:
+        """Return where the payload of a part begins in a slot, from one of its layers on."""
+        return part * self.step + self.template.header_bytes + int(self.template.segments[layer, 0])
 
     def write(
         self,
@@ -78,8 +78,8 @@ class Form:
         Returns which blocks are good, all parts of one fill, and each part's digests.
         """
         good, found, fills = np.ones(len(slots), dtype=np.bool_), [], []
-        for number in view.numbers:
-            template, start = self.templates[number], number * self.step
+        for place in view.places:
+            template, start = self.templates[place.number], place.number * self.step
             end = start + template.header_bytes
             headers = [bytes(memory(slot, end)[start:]) for slot in slots]
             fine, digests = template.read(headers, keys)

@@ -130,7 +130,7 @@ class Namespace:
         """Return the same namespace for a rank that has these layers and heads: first, and end.
 
         Its keys are the same; caches for them have its layers and heads only. None: all of them.
-        Raises LayoutError for a range that is not made of whole parts of the layout.
+        Any range can be loaded, whole parts saved. Raises LayoutError for a range that is none.
         """
         return replace(self, chosen=self.layout.view(layers, heads))
 

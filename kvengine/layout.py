@@ -46,28 +46,33 @@ class Part(NamedTuple):
     head_end: int
 
 
+class Place(NamedTuple):
+    """A part of a block as one rank has it: its number, where it lies in the rank's arrays, and
+    which of its layers and heads those are."""
+
+    number: int
+    part: Part
+    layers: Range
+    heads: Range
+
+
 @dataclass(frozen=True, slots=True)
 class View:
-    """What one rank has of each block: whole parts. Made by `Layout.view`.
+    """What one rank has of each block. Made by `Layout.view`.
 
-    `layout` describes the rank's own arrays. `numbers` are those of its parts in a block, and
-    `places` where each lies in the rank's arrays.
+    `layout` describes the rank's own arrays. Ranks save whole parts only: then `mask` has one bit
+    for each of them, else 0.
     """
 
     part: Part
     layout: Layout
-    numbers: tuple[int, ...]
-    places: tuple[Part, ...]
-
-    @property
-    def mask(self) -> int:
-        """One bit for each of its parts."""
-        return sum(1 << number for number in self.numbers)
+    places: tuple[Place, ...]
+    mask: int
 
     @property
     def lanes(self) -> int:
         """How many of its parts each layer has."""
-        return self.layout.head_parts
+        return sum(place.part.layer == 0 for place in self.places)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +202,7 @@ class Layout:
     @property
     def part_layout(self) -> Layout:
         """Describe one part, as if it were a block."""
-        return self._cut(self.layers // self.layer_parts, self.kv_heads // self.head_parts, 1, 1)
+        return self._cut(self.layers // self.layer_parts, self.kv_heads // self.head_parts)
 
     @property
     def parts(self) -> tuple[Part, ...]:
@@ -212,39 +217,43 @@ class Layout:
     def view(self, layers: Range | None = None, heads: Range | None = None) -> View:
         """Name some layers and heads of every block, from first to last, the last excluded.
 
-        None: all of them. Raises LayoutError for a range that is not made of whole parts.
+        None: all of them. Raises LayoutError for a range that is none.
         """
-        if layers is None and heads is None:
-            whole = Part(0, self.layers, 0, self.kv_heads)
-            return View(whole, self, tuple(range(self.part_count)), self.parts)
-        layer, layer_end = self._range("layers", layers, self.layers, self.layer_parts)
-        head, head_end = self._range("heads", heads, self.kv_heads, self.head_parts)
-        inside = [
-            (number, Part(p.layer - layer, p.layer_end - layer, p.head - head, p.head_end - head))
-            for number, p in enumerate(self.parts)
-            if layer <= p.layer < layer_end and head <= p.head < head_end
-        ]
-        layer_parts = (layer_end - layer) * self.layer_parts // self.layers
-        head_parts = (head_end - head) * self.head_parts // self.kv_heads
-        return View(
-            Part(layer, layer_end, head, head_end),
-            self._cut(layer_end - layer, head_end - head, layer_parts, head_parts),
-            tuple(number for number, _ in inside),
-            tuple(place for _, place in inside),
+        if self.part_count == 1 and layers is None and heads is None:
+            part = Part(0, self.layers, 0, self.kv_heads)
+            place = Place(0, part, (0, self.layers), (0, self.kv_heads))
+            return View(part, self, (place,), 1)
+        here = Part(
+            *self._range("layers", layers, self.layers), *self._range("heads", heads, self.kv_heads)
         )
+        places, mask, whole = [], 0, True
+        for number, part in enumerate(self.parts):
+            layer, layer_end = max(part.layer, here.layer), min(part.layer_end, here.layer_end)
+            head, head_end = max(part.head, here.head), min(part.head_end, here.head_end)
+            if layer < layer_end and head < head_end:
+                found = Part(layer, layer_end, head, head_end)
+                whole &= found == part
+                mask |= 1 << number
+                mine = Part(
+                    layer - here.layer,
+                    layer_end - here.layer,
+                    head - here.head,
+                    head_end - here.head,
+                )
+                inside = (layer - part.layer, layer_end - part.layer)
+                heads_inside = (head - part.head, head_end - part.head)
+                places.append(Place(number, mine, inside, heads_inside))
+        layout = self._cut(here.layer_end - here.layer, here.head_end - here.head)
+        return View(here, layout, tuple(places), mask if whole else 0)
 
-    def _cut(self, layers: int, heads: int, layer_parts: int, head_parts: int) -> Layout:
-        return replace(
-            self, layers=layers, kv_heads=heads, layer_parts=layer_parts, head_parts=head_parts
-        )
+    def _cut(self, layers: int, heads: int) -> Layout:
+        return replace(self, layers=layers, kv_heads=heads, layer_parts=1, head_parts=1)
 
-    def _range(self, name: str, given: Range | None, whole: int, parts: int) -> Range:
-        first, last = (0, whole) if given is None else given
-        step = whole // parts
-        if not 0 <= first < last <= whole or first % step or last % step:
+    def _range(self, name: str, given: Range | None, count: int) -> Range:
+        first, last = (0, count) if given is None else given
+        if not 0 <= first < last <= count:
             raise LayoutError(
-                f"{name} {first}..{last} of {whole}, expected a range of whole parts of {step}: "
-                "open the namespace with a layout of more layer_parts or head_parts"
+                f"{name} {first}..{last}, expected a range within 0..{count}, the last excluded"
             )
         return first, last
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kvengine.arena import Slots
 from kvengine.blocks import Blocks, Reads
 from kvengine.cache import PagedCache, cache_of
+from kvengine.codec import Codec
 from kvengine.compiled import Int32s
 from kvengine.errors import LayoutError
 from kvengine.fetches import Alarm
@@ -156,6 +157,8 @@ class Load:
         """How frames of a form are cut: in one, but for large frames of a lone disk."""
         form = next(form for form in self._forms if form.number == number)
         if len(self._tiers) != 1 or self._tiers[0].remote or len(form.templates) > 1:
+            return ()
+        if self._view.layout.layers != len(form.template.segments):
             return ()
         return pieces(form.template.header_bytes, form.template.segments[:, 1].tolist())
 
@@ -416,8 +419,9 @@ class Load:
             self._transfer.arrived(part.rows, layers)
             self._piece_done(part)
             return
+        (place,) = self._view.places
         table = form.codec.table(
-            self._cache,
+            self._cache.part(place, self._keys.namespace.layout),
             self._store.arena.addresses(part.slots[tried]) + size,
             None if self._table is None else self._table[rows],
             None if self._mapping is None else self._mapping[rows],
@@ -495,7 +499,7 @@ class Load:
         """
         good = np.zeros(len(part.rows), dtype=np.bool_)
         bad = np.ones(len(part.rows), dtype=np.bool_) if arrived is None else arrived.copy()
-        jobs: list[tuple[Form, Job]] = []
+        jobs: list[tuple[Codec, Job]] = []
 
         def decoded(tried: NDArray[np.intp], verdicts: NDArray[np.uint8]) -> None:
             with self._lock:
@@ -521,16 +525,15 @@ class Load:
             bad[tried], good[tried] = False, True  # until one of their parts is not
             if len(tried):
                 chosen = [each[fine] for each in digests]
-                made = self._jobs(form, part, tried, chosen, partial(decoded, tried))
-                jobs += [(form, job) for job in made]
+                jobs += self._jobs(form, part, tried, chosen, partial(decoded, tried))
         left = [len(jobs)]
         if not jobs:
             ended()
             return
         # No layer is there before all of its jobs are.
         self._transfer.expect([((0, len(part.rows)), self._layers)])
-        for form, job in jobs:
-            self._transfers.load(self._transfer, job, form.codec)
+        for codec, job in jobs:
+            self._transfers.load(self._transfer, job, codec)
         self._transfer.arrived(part.rows, self._layers)
 
     def _jobs(
@@ -540,25 +543,26 @@ class Load:
         tried: NDArray[np.intp],
         digests: list[NDArray[np.uint64]],
         on_done: Callable[[NDArray[np.uint8]], None],
-    ) -> list[Job]:
+    ) -> list[tuple[Codec, Job]]:
         """Decode those of the window's rows whose headers are right and of one form, by parts."""
         rows = part.rows[tried]
-        shape = self._keys.namespace.layout.part_layout
         slots = self._store.arena.addresses(part.slots[tried])
         jobs = []
-        for at, (number, place) in enumerate(
-            zip(self._view.numbers, self._view.places, strict=True)
-        ):
-            table = form.codec.table(
+        for at, place in enumerate(self._view.places):
+            shape, codec = self._keys.namespace.layout.part_layout, form.codec
+            first, last = place.layers
+            if last - first < shape.layers:
+                shape, codec = replace(shape, layers=last - first), codec.cut(last - first)
+            table = codec.table(
                 self._cache.part(place, shape),
-                slots + form.payload(number),
+                slots + form.payload(place.number, first),
                 None if self._table is None else self._table[rows],
                 None if self._mapping is None else self._mapping[rows],
             )
             lane = at % self._view.lanes
-            jobs.append(
-                Job(table, digests[at], rows, on_done, self._cache, layer=place.layer, lane=lane)
-            )
+            here = np.ascontiguousarray(digests[at][:, first:last])
+            job = Job(table, here, rows, on_done, self._cache, layer=place.part.layer, lane=lane)
+            jobs.append((codec, job))
         return jobs
 
 

@@ -48,9 +48,16 @@ def saving(
 def group_of(keys: BlockKeys, fill: bytes | None) -> bytes | None:
     """Return the group that fills these blocks together; None where their view is all of them.
 
-    Raises LayoutError where a group is needed, and `fill` does not name one.
+    Raises LayoutError for what is no whole parts, and where a group is needed and `fill` does not
+    name one.
     """
-    if len(keys.namespace.view.numbers) == keys.namespace.layout.part_count:
+    view, layout = keys.namespace.view, keys.namespace.layout
+    if not view.mask:
+        raise LayoutError(
+            f"{view.part} of a layout of {layout.layer_parts} x {layout.head_parts} parts: keys of "
+            "such a range are for loading, whole parts are saved"
+        )
+    if view.mask == (1 << layout.part_count) - 1:
         return None
     if not isinstance(fill, bytes) or not 1 <= len(fill) <= FILL_MAX:
         raise LayoutError(
@@ -145,7 +152,7 @@ class Save:
         rows = reservation.indices + first
         part = self._keys.namespace.layout.part_layout
         slots = self._store.arena.addresses(reservation.slots)
-        parts = len(self._view.numbers)
+        parts = len(self._view.places)
         digests = np.zeros((parts, len(rows), part.layers, 2), dtype=np.uint64)
         verdicts = np.zeros((parts, len(rows), part.layers), dtype=np.uint8)
         left = [parts]
@@ -159,17 +166,15 @@ class Save:
                 self._encoded(form, reservation, first, digests, verdicts)
 
         jobs = []
-        for at, (number, place) in enumerate(
-            zip(self._view.numbers, self._view.places, strict=True)
-        ):
+        for at, place in enumerate(self._view.places):
             table = form.codec.table(
                 self._cache.part(place, part),
-                slots + form.payload(number),
+                slots + form.payload(place.number),
                 None if self._table is None else self._table[rows],
                 None if self._mapping is None else self._mapping[rows],
             )
             on_done = partial(done, at)
-            jobs.append(Job(table, digests[at], rows, on_done, self._cache, layer=place.layer))
+            jobs.append(Job(table, digests[at], rows, on_done, self._cache, layer=place.part.layer))
         return jobs
 
     def _encoded(
@@ -242,9 +247,17 @@ class Save:
         positions = [keys.position + index for index in indices]
         slots = reservation.slots.tolist()
         lives = [self._expires[position - self._keys.position] for position in positions]
-        for at, number in enumerate(self._view.numbers):
+        for at, place in enumerate(self._view.places):
             form.write(
-                view, slots, number, names, parents, reservation.fill, positions, digests[at], lives
+                view,
+                slots,
+                place.number,
+                names,
+                parents,
+                reservation.fill,
+                positions,
+                digests[at],
+                lives,
             )
 
     def _lives(self) -> list[int]:

@@ -246,25 +246,20 @@ def test_a_cache_of_some_heads_gets_those(engine, scheme, name):
     for first, last in ((1, 3), (3, 4)):
         below(engine)
         rank = replace(of, kv_heads=last - first)
+        some = names.part(heads=(first, last)).keys(rig.prompt(5, of))
         for how in ({"table": places}, {"slot_mapping": rig.slots_of(of, places)}):
             target = rig.caches(rank, POOL)
-            loaded = rig.load(engine, keys, engine.cache(names, target, heads=(first, last)), **how)
+            loaded = rig.load(engine, some, target, **how)
             assert loaded.good.all()
             for given, found in zip(whole, target, strict=True):
                 for one, other in zip(given, found, strict=True):
                     cut = np.take(one.view(np.uint8), range(first, last), axis)
                     assert np.array_equal(cut, other.view(np.uint8))
     assert engine.stats()["corrupt_blocks"] == 0
-    with pytest.raises(LayoutError, match=r"has heads \(3, 4\) of 4: blocks are saved whole"):
-        engine.save(keys, engine.cache(names, target, heads=(3, 4)), places)
-    for heads in ((0, 5), (2, 2), (-1, 2)):
-        with pytest.raises(LayoutError, match="expected .first, last. within the 4 of"):
-            engine.cache(names, target, heads=heads)
+    with pytest.raises(LayoutError, match="head=3, head_end=4.* 1 x 1 parts: .* whole parts are"):
+        engine.save(some, target, places)
     with pytest.raises(LayoutError, match="has shape .*, expected"):
-        engine.cache(names, target, heads=(0, 2))
-    cut = rig.names(engine, replace(of, head_parts=2), fidelity=scheme)
-    with pytest.raises(LayoutError, match="of blocks of 2 parts: name whole parts with"):
-        engine.cache(cut, target, heads=(3, 4))
+        engine.load(engine.match(some), whole, places)
 
 
 def test_a_scheme_has_a_codec():

@@ -119,6 +119,24 @@ def test_four_ranks_save_and_ranks_of_any_degree_load(name, place, tmp_path):
             engine.check()
 
 
+def test_ranks_that_load_together_read_each_block_once(tmp_path):
+    of = layout()
+    whole, tokens = rig.caches(of, POOL, 1), rig.prompt(BLOCKS, of)
+    with kvengine.open(f"mem://?size=16M | file://{tmp_path}?size=64M") as engine:
+        names = rig.names(engine, of)
+        save_as_ranks(engine, names, tokens, whole, ranks(of, RANKS))
+        assert engine.flush() and engine.squeeze(0) > 0
+        with ThreadPoolExecutor(RANKS) as pool:
+            jobs = [
+                pool.submit(check_loaded, engine, names, tokens, whole, view)
+                for view in ranks(of, RANKS)
+            ]
+            for job in jobs:
+                job.result()
+        assert engine.metrics.get("fetched_blocks") == BLOCKS
+        engine.check()
+
+
 def test_slot_mappings_and_pipeline_ranges():
     """Stages of layers save token by token; a reader has three of four layers, half the heads."""
     of = layout(layer_parts=4, head_parts=2)
@@ -309,17 +327,48 @@ def test_replicated_heads_have_one_writer():
         engine.check()
 
 
+VIEWS = [
+    *({"heads": heads} for heads in [(0, 1), (1, 2), (1, 3), (2, 7), (5, 8)]),
+    *({"layers": layers} for layers in [(0, 1), (1, 3), (3, 4)]),
+    {"layers": (1, 4), "heads": (3, 6)},
+    {"layers": (2, 3), "heads": (4, 8)},
+]
+
+
+@pytest.mark.parametrize("fidelity", ["exact", "int8"])
+@pytest.mark.parametrize("changes", [{}, {"order": "HND"}, {"dtype": "bfloat16"}], ids=str)
+def test_readers_of_a_range_of_a_part(changes, fidelity, require):
+    """Of more ranks than have saved, or of another cut altogether."""
+    require("numba")
+    of = layout(kv_heads=8, layer_parts=2, head_parts=2, head_dim=64, head_dim_v=64, **changes)
+    draw, dtype = np.random.default_rng(3), rig.numpy_dtype(of.dtype)
+    whole = [
+        tuple(draw.normal(size=shape).astype(dtype) for shape in rig.shapes(of, POOL))
+        for _ in range(of.layers)
+    ]
+    tokens = rig.prompt(BLOCKS, of)
+    with kvengine.open("mem://?size=16M") as engine:
+        names = rig.names(engine, of, fidelity=fidelity)
+        save_as_ranks(engine, names, tokens, whole, ranks(of, 2))
+        if fidelity != "exact":  # what is close to what was saved, but the same for all readers
+            found = rig.caches(of, POOL)
+            assert rig.load(engine, names.keys(tokens), found, WHERE).good.all()
+            whole = found
+        for view in VIEWS:
+            check_loaded(engine, names, tokens, whole, view)
+        engine.check()
+
+
 @pytest.mark.parametrize(
     ("view", "said"),
     [
-        ({"heads": (0, 3)}, "heads 0..3 of 4, expected a range of whole parts of 2"),
-        ({"heads": (2, 2)}, "whole parts"),
-        ({"heads": (2, 6)}, "whole parts"),
-        ({"layers": (0, 1)}, "layers 0..1 of 4, expected a range of whole parts of 4"),
-        ({"layers": (-4, 4)}, "whole parts"),
+        ({"heads": (2, 2)}, "heads 2..2, expected a range within 0..4"),
+        ({"heads": (2, 6)}, "heads 2..6, expected a range within 0..4"),
+        ({"layers": (2, 5)}, "layers 2..5, expected a range within 0..4"),
+        ({"layers": (-4, 4)}, "layers -4..4, expected a range within 0..4"),
     ],
 )
-def test_ranges_that_are_no_whole_parts_are_refused(view, said):
+def test_ranges_that_are_none_are_refused(view, said):
     with kvengine.open("mem://?size=4M") as engine:
         names = rig.names(engine, layout(head_parts=2))
         with pytest.raises(LayoutError, match=said):
@@ -332,6 +381,9 @@ def test_what_does_not_fit_a_part_is_named():
         names = rig.names(engine, of)
         keys = names.part(heads=(1, 2)).keys(rig.prompt(2, of))
         own = rig.caches(keys.namespace.view.layout, POOL, 1)
+        some = rig.names(engine, layout(head_parts=2)).part(heads=(1, 2)).keys(rig.prompt(2, of))
+        with pytest.raises(LayoutError, match="head_end=2.* 1 x 2 parts: .* whole parts are saved"):
+            engine.save(some, own, [0, 1], fill=b"r")
         for fill in (None, b"", "text", bytes(2000)):
             with pytest.raises(LayoutError, match="fill is .* that all ranks"):
                 engine.save(keys, own, [0, 1], fill=fill)
