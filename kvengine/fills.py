@@ -161,6 +161,14 @@ class Fills:
         self.late += len(void) - len(over)
         return Settled(whole, void, over)
 
+    def give_up(self, ids: Int32s) -> Settled:
+        """End fills of blocks for a rank that may still write its parts: `settle` is to come."""
+        void = ids[self._opening[ids] != 0]
+        self._give_up(void)
+        self._end(void)
+        self.late += len(void)
+        return Settled(np.zeros(len(ids), dtype=np.bool_), void, void[:0])
+
     def expire(self, now: float) -> Settled:
         """Give up what is not whole at its deadline."""
         gone: list[Int32s] = []

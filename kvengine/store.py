@@ -448,7 +448,9 @@ class Store:
         Its slots stay quarantined until `commit` or `abort`.
         """
         with self._lock:
-            if self._reservations.pop(reservation.token, None) is not None:
+            if (joined := self._joined.get(reservation.token)) is not None:
+                self._void(self._fills.give_up(joined[0]), "aborted")
+            elif self._reservations.pop(reservation.token, None) is not None:
                 self._quarantined(reservation)
 
     def make_room(self, namespace: Namespace, count: int) -> None:

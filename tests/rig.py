@@ -67,6 +67,19 @@ def caches(of: Layout, blocks: int, seed: int | None = None) -> Caches:
     return made
 
 
+def cut(of: Layout, whole: Caches, layers: tuple[int, int], heads: tuple[int, int]) -> Caches:
+    """A rank's own arrays: these layers and heads of a whole cache."""
+    axis = -2 if of.order == "NHD" else -3
+    take = (slice(*heads), *[slice(None)] * (-1 - axis))
+    return [
+        tuple(
+            each.copy() if of.is_opaque else np.ascontiguousarray(each[(..., *take)])
+            for each in layer
+        )
+        for layer in whole[slice(*layers)]
+    ]
+
+
 def by_token(of: Layout, array: np.ndarray) -> np.ndarray:
     """The bytes of a component as uint8[slots, rest]; of opaque pages a slot is a page."""
     raw = array.view(np.uint8)

@@ -74,6 +74,7 @@ class Model(RuleBasedStateMachine):
         ids = [id % IDS for id in range(first, first + count)] * (1 + twice)
         bits = sum(1 << part for part in parts)
         known = self.fills.given_up(token)
+        assert set(known) <= {bytes([id]) for one, id in self.given_up if one == token}
         new = [id for id in dict.fromkeys(ids) if id not in self.rows and bytes([id]) not in known]
         deadline = self.now + DEADLINE_S
         self.fills.open(token, np.array(new, np.int32), WHOLE, bits, deadline)
@@ -120,6 +121,19 @@ class Model(RuleBasedStateMachine):
                 del self.rows[row.id]
         assert set(found.void.tolist()) == void and set(found.over.tolist()) == over
 
+    @precondition(lambda self: self.words)
+    @rule(data=st.data())
+    def give_up(self, data: st.DataObject) -> None:
+        """A rank is lost, and may still write: it has not said how it went."""
+        mine, _ = self.words[data.draw(st.integers(0, len(self.words) - 1))]
+        found = self.fills.give_up(np.array([row.id for row in mine], np.int32))
+        assert set(found.void.tolist()) == {row.id for row in mine if not row.void}
+        assert not found.whole.any() and not len(found.over)
+        for row in mine:
+            if not row.void:
+                row.void = True
+                self.given_up.add((row.token, row.id))
+
     @rule(seconds=st.sampled_from([0.5, 2.0, DEADLINE_S]))
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -129,6 +143,7 @@ class Model(RuleBasedStateMachine):
         assert set(found.over.tolist()) == {row.id for row in late if not row.writers}
         for row in late:
             row.void = True
+            self.given_up.add((row.token, row.id))
             if not row.writers:
                 del self.rows[row.id]
 
@@ -271,6 +286,14 @@ class Ranks(RuleBasedStateMachine):
         good = np.array(data.draw(st.lists(st.booleans(), min_size=count, max_size=count)))
         self.store.commit(filling.held, None if all_good else good)
         assert self.store.commit(filling.held) == 0, "a reservation ends once"
+
+    @precondition(lambda self: self.fillings)
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        """The rank's connection is lost, and it may still write."""
+        filling = self.fillings[data.draw(self.which())]
+        self.store.expire(filling.held)
+        self.store.expire(filling.held)
 
     @precondition(lambda self: self.fillings)
     @rule(data=st.data())

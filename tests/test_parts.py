@@ -36,19 +36,6 @@ CASES = {
 }
 
 
-def cut(of: Layout, whole: rig.Caches, layers: tuple[int, int], heads: tuple[int, int]):
-    """A rank's own arrays, of what it has of a whole cache."""
-    axis = -2 if of.order == "NHD" else -3
-    take = (slice(*heads), *[slice(None)] * (-1 - axis))
-    return [
-        tuple(
-            each.copy() if of.is_opaque else np.ascontiguousarray(each[(..., *take)])
-            for each in layer
-        )
-        for layer in whole[slice(*layers)]
-    ]
-
-
 def ranks(of: Layout, count: int) -> list[dict]:
     """Views of so many ranks: by heads where the layout is cut so, by layers else."""
     if of.head_parts > 1:
@@ -67,7 +54,7 @@ def save_as_ranks(engine: Engine, names, tokens, whole, views, fill=b"request 1"
     of = names.layout
 
     def run(view: dict):
-        own = cut(of, whole, *ranges(of, view))
+        own = rig.cut(of, whole, *ranges(of, view))
         return rig.save(engine, names.part(**view).keys(tokens), own, WHERE, fill=fill)
 
     with ThreadPoolExecutor(len(views)) as pool:
@@ -84,7 +71,7 @@ def check_loaded(engine: Engine, names, tokens, whole, view: dict) -> None:
     assert loaded.good.all() and len(loaded.good) == BLOCKS and loaded.error is None
     for layer in range(here.layers):
         assert loaded.layer_good(layer).all()
-    expected = cut(of, whole, *ranges(of, view))
+    expected = rig.cut(of, whole, *ranges(of, view))
     there = rig.slots_of(here, places)
     assert rig.same(here, target, there, expected, rig.slots_of(here, WHERE))
     assert rig.untouched(here, target, there)
@@ -146,7 +133,7 @@ def test_slot_mappings_and_pipeline_ranges():
         names = rig.names(engine, of)
         for stage in ((0, 1), (1, 4)):
             keys = names.part(layers=stage).keys(tokens)
-            own = cut(of, whole, stage, (0, 4))
+            own = rig.cut(of, whole, stage, (0, 4))
             rig.save(engine, keys, own, slot_mapping=slots, fill=b"r")
         view = {"layers": (1, 4), "heads": (2, 4)}
         keys = names.part(**view).keys(tokens)
@@ -154,7 +141,7 @@ def test_slot_mappings_and_pipeline_ranges():
         assert (here.layers, here.kv_heads) == (3, 2)
         target, back = rig.caches(here, POOL), np.arange(BLOCKS * 16)[::-1].copy()
         assert rig.load(engine, keys, target, slot_mapping=back).good.all()
-        assert rig.same(here, target, back, cut(of, whole, *ranges(of, view)), slots)
+        assert rig.same(here, target, back, rig.cut(of, whole, *ranges(of, view)), slots)
         engine.check()
 
 
@@ -185,7 +172,7 @@ def test_codecs_encode_each_part_by_itself(fidelity, require):
                 here = names.part(**view).keys(tokens)
                 part = rig.caches(here.namespace.view.layout, BLOCKS)
                 assert rig.load(engine, here, part).good.all()
-                want = cut(of, target, *ranges(of, view))
+                want = rig.cut(of, target, *ranges(of, view))
                 slots = np.arange(BLOCKS * 16)
                 assert rig.same(here.namespace.view.layout, part, slots, want, slots)
         slots = np.arange(BLOCKS * 16)
@@ -260,7 +247,7 @@ def test_parts_of_two_fills_never_mix():
             gate = threading.Barrier(4)
 
             def run(group: int, view: dict, names=names, caches=caches, gate=gate) -> None:
-                own = cut(of, caches[group], *ranges(of, view))
+                own = rig.cut(of, caches[group], *ranges(of, view))
                 keys = names.part(**view).keys(tokens)
                 gate.wait(rig.WAIT_S)
                 rig.save(engine, keys, own, WHERE, fill=b"group %d" % group)

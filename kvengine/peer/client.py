@@ -177,10 +177,9 @@ class Client:
         arrays: Sequence[object],
         *,
         writable: bool = True,
-        heads: tuple[int, int] | None = None,
     ) -> PagedCache:
         """Check the caller's arrays once, for many calls. See `Engine.cache`."""
-        return PagedCache(namespace.view.layout, arrays, writable, heads)
+        return PagedCache(namespace.view.layout, arrays, writable)
 
     # What is held
 

@@ -498,6 +498,8 @@ class Service:
                 part = keys.namespace.part(layers=(first, end), heads=(head, head_end))
             except LayoutError as error:
                 return self._no(session, message, m.LAYOUT, str(error))
+            if not part.view.mask:
+                return self._no(session, message, m.LAYOUT, f"{part.view.part} is no whole parts")
             keys, group = replace(keys, namespace=part), message.fill
         form = house.store.form(keys.namespace, message.space)
         made = house.store.reserve(keys, form, group)
