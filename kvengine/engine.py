@@ -41,6 +41,7 @@ from kvengine.plan import MEMORY, Costs
 from kvengine.policy import Request
 from kvengine.policy.named import policy_of
 from kvengine.policy.retention import Retained
+from kvengine.pools import PoolMatch, match_pools
 from kvengine.prefetch import PREFETCH_BYTES, prefetch
 from kvengine.record import RECORD_BYTES, Recorder
 from kvengine.retention import Retention, check_seconds
@@ -229,7 +230,7 @@ class Engine:
             return Lease(keys, np.empty(0, dtype=np.int32), 0, 0.0, self._store.release)
         self._pins.expire()
         if self._recorder is not None:
-            self._recorder.asked(keys)
+            self._recorder.asked(keys, request)
         lease = self._store.match(keys, self._found(keys), request)
         self.metrics.add("lookup_blocks", len(keys))
         if lease.in_memory:
@@ -253,6 +254,17 @@ class Engine:
                 time.monotonic(),
             )
         return lease
+
+    def match_pools(
+        self, tables: Sequence[BlockKeys], *, request: Request | None = None
+    ) -> PoolMatch:
+        """Hold the longest start of a prompt that all pools of a model can go on from.
+
+        tables: the prompt's keys in each pool, a namespace each, whose layouts say what it needs
+        (`Layout.attention`). The match says how many tokens that is, and has each pool's leases;
+        release it as a lease. Raises LayoutError for keys that do not begin the prompt.
+        """
+        return match_pools(self, tables, request)
 
     def observe_prefill(
         self, namespace: Namespace, position: int, tokens: int, seconds: float
@@ -654,6 +666,8 @@ class Engine:
     def committed(self, keys: BlockKeys, count: int) -> None:
         """After a commit of so many of the blocks of another process."""
         self.metrics.add("saved_blocks", count)
+        if self._shadows is not None:
+            self._shadows.saved(keys, self._pages(keys.namespace), time.monotonic())
         self.saved(keys, len(keys))
 
     def fetch(self, ids: Int32s, timeout_s: float, ready: Callable[[], None]) -> None:

@@ -85,6 +85,9 @@ class Layout:
     leading block axis; it does not change a frame, so it is not part of the digest.
     `permutation` names a byte order of the engine's own that the axes do not show (CPU attention
     kernels have one): equal bytes are promised only between equal names.
+    `attention` says what the pool needs to go on after n tokens: all before ("full"), the first
+    `sink_tokens` and the last `window_tokens` - 1 ("sliding": a token sees so many, itself
+    included), or the block that ends there ("state": a snapshot, opaque).
     `layer_parts` and `head_parts` cut a block: as many as the most ranks that pipeline and tensor
     parallelism will ever have; readers of fewer ranks load several parts. Replicated heads and MLA
     are not cut by heads: one of the ranks writes.
@@ -103,6 +106,8 @@ class Layout:
     permutation: str = ""
     layer_parts: int = 1
     head_parts: int = 1
+    window_tokens: int = 0
+    sink_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in ("layers", "kv_heads", "head_dim", "block_tokens"):
@@ -123,16 +128,32 @@ class Layout:
             raise LayoutError(f"Layout.permutation must be text, got {self.permutation!r}")
         if self.order not in ("NHD", "HND"):
             raise LayoutError(f"Layout.order must be 'NHD' or 'HND', got {self.order!r}")
-        if self.attention != "full":
-            raise LayoutError(
-                f"Layout.attention {self.attention!r} is not supported yet, expected 'full': "
-                "do not attach the engine to sliding-window or recurrent layers"
-            )
+        self._check_attention()
         self._check_parts()
         if self.payload_bytes > PAYLOAD_BYTES_MAX:
             raise LayoutError(
                 f"a block of {self.payload_bytes} bytes, at most {PAYLOAD_BYTES_MAX} fit in a "
                 "frame: use a smaller Layout.block_tokens, head_dim or head_dim_v"
+            )
+
+    def _check_attention(self) -> None:
+        if self.attention not in ("full", "sliding", "state"):
+            raise LayoutError(
+                f"Layout.attention must be 'full', 'sliding' or 'state', got {self.attention!r}"
+            )
+        window, sinks = self.window_tokens, self.sink_tokens
+        if self.attention == "sliding":
+            if not (
+                isinstance(window, int) and window >= 1 and isinstance(sinks, int) and sinks >= 0
+            ):
+                raise LayoutError(
+                    f"Layout.window_tokens is {window!r} and sink_tokens {sinks!r}: with attention "
+                    "'sliding' a window has at least 1 token, and 0 or more sinks"
+                )
+        elif (window, sinks) != (0, 0):
+            raise LayoutError(
+                f"Layout.window_tokens is {window!r} and sink_tokens {sinks!r}, expected 0 with "
+                f"attention {self.attention!r}"
             )
 
     def _check_parts(self) -> None:
@@ -150,7 +171,15 @@ class Layout:
             )
 
     @classmethod
-    def opaque(cls, *, layers: int, page_bytes: int, block_tokens: int, permutation: str) -> Layout:
+    def opaque(
+        cls,
+        *,
+        layers: int,
+        page_bytes: int,
+        block_tokens: int,
+        permutation: str,
+        attention: Literal["full", "state"] = "full",
+    ) -> Layout:
         """Describe pages whose inside only the serving engine knows: `page_bytes` a layer."""
         if not permutation:
             raise LayoutError(
@@ -158,7 +187,7 @@ class Layout:
                 "another order would be taken for the same"
             )
         return cls(
-            layers, 1, page_bytes, 0, "uint8", block_tokens, "HND", True, "full", permutation
+            layers, 1, page_bytes, 0, "uint8", block_tokens, "HND", True, attention, permutation
         )
 
     @property
@@ -193,6 +222,18 @@ class Layout:
     def payload_bytes(self) -> int:
         """Bytes of K/V in one block, as the `raw` codec stores them."""
         return self.layers * self.segment_bytes
+
+    @property
+    def window_blocks(self) -> int:
+        """How many blocks before a token a pool needs that is not of full attention."""
+        if self.attention == "state":
+            return 1
+        return -(-max(0, self.window_tokens - 1) // self.block_tokens)
+
+    @property
+    def sink_blocks(self) -> int:
+        """How many blocks hold the sinks."""
+        return -(-self.sink_tokens // self.block_tokens)
 
     @property
     def part_count(self) -> int:
@@ -259,7 +300,7 @@ class Layout:
 
     def digest(self) -> bytes:
         """Return 32 bytes that differ between any two layouts whose frames differ."""
-        fields = (
+        fields = [
             "layers",
             "kv_heads",
             "head_dim",
@@ -271,6 +312,8 @@ class Layout:
             "permutation",
             "layer_parts",
             "head_parts",
-        )
+        ]
+        if self.attention == "sliding":  # deeper layers are made of what a window has let through
+            fields += ["window_tokens", "sink_tokens"]
         text = "\n".join(f"{name}={getattr(self, name)!r}" for name in fields)
         return blake3(text.encode(), derive_key_context="kvengine 2026-11 layout v0").digest()

@@ -107,6 +107,7 @@ class Store:
         self._remote_bits = 0
         self._dirty: list[deque[Int32s]] = []  # one for each tier
         self._waiting_bytes: list[int] = []
+        self._windows: set[int] = set()  # namespaces of which the middle may go
         self._spared: dict[int, int] = {}  # bits of the tiers that a namespace is not written to
         self._unwritten = 0  # over all tiers
         self._lent_pages = 0
@@ -530,7 +531,8 @@ class Store:
 
         parents: the id of the block before each one, or NO_PARENT; None where they are not known.
         """
-        if parents is None:
+        alone = int(self._index.rows[ids[0], NAMESPACE]) >> FORM_BITS in self._windows
+        if parents is None or alone:
             parents = np.full(len(ids), NO_PARENT, dtype=np.int32)
         lives = self._lives(slots, keep)
         retained = self.retaining() if lives.any() else None
@@ -1103,7 +1105,14 @@ def _runs(reservation: Reservation, good: Bools, nbytes: int) -> Iterator[Run]:
     indices, ids, parents = reservation.indices, reservation.ids, reservation.parents
     if not good.all():
         indices, ids, parents = indices[good], ids[good], parents[good]
-    prints = reservation.keys.prints[indices]
+    prints, layout = reservation.keys.prints[indices], reservation.keys.namespace.layout
+    if layout.attention != "full":
+        # None keeps another: the first of them go first, but for the sinks.
+        sinks = reservation.keys.position + indices < layout.sink_blocks
+        for at in [*np.flatnonzero(~sinks).tolist(), *np.flatnonzero(sinks).tolist()]:
+            position, one = reservation.keys.position + int(indices[at]), slice(at, at + 1)
+            yield Run(ids[one], NO_PARENT, position, nbytes, prints[one])
+        return
     for start, stop in _consecutive(indices):
         position = reservation.keys.position + int(indices[start])
         yield Run(ids[start:stop], int(parents[start]), position, nbytes, prints[start:stop])

@@ -78,7 +78,7 @@ LAYERS = (
         "tiers.segments",
         "tiers.remote",
     ),
-    ("forms", "tiers.*", "transfer", "peer.node", "peer.wire", "peer.membership"),
+    ("forms", "pools", "tiers.*", "transfer", "peer.node", "peer.wire", "peer.membership"),
     ("store", "peer.tier", "peer.channel"),
     ("blocks", "peer.service"),
     ("trace", "plan", "pins", "record", "load", "save", "writer", "arrays", "peer.proxy"),

@@ -35,6 +35,7 @@ from kvengine.peer import messages as m
 from kvengine.peer.channel import Lost
 from kvengine.peer.proxy import Asked, Proxy
 from kvengine.policy import Request
+from kvengine.pools import PoolMatch, match_pools
 from kvengine.record import RECORD_BYTES, Recorder
 from kvengine.retention import Retention, check_seconds
 from kvengine.save import Save, group_of, saving
@@ -201,12 +202,18 @@ class Client:
         if proxy is None:
             return Lease(keys, EMPTY, 0, 0.0, _keep)
         if self._recorder is not None:
-            self._recorder.asked(keys)
+            self._recorder.asked(keys, request)
         lease = proxy.match(keys, split, request)
         self.metrics.add("lookup_blocks", len(keys))
         if lease.blocks:
             self.metrics.add("hit_blocks", lease.blocks, tier="daemon")
         return lease
+
+    def match_pools(
+        self, tables: Sequence[BlockKeys], *, request: Request | None = None
+    ) -> PoolMatch:
+        """Hold the longest start of a prompt that all its pools can go on from. See `Engine`."""
+        return match_pools(self, tables, request)
 
     def adopt(self, token: bytes, namespace: Namespace) -> Lease | None:
         """Lease what another process of this tenant has leased: its `lease.token`.
