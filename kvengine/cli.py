@@ -311,6 +311,29 @@ def replay(
 
 
 @traces.command
+def record(
+    to: Annotated[Path, Parameter(help="The trace to write: JSON lines of hashes and times.")],
+    /,
+    *command: Annotated[str, Parameter(help="A program and its arguments, after --.")],
+) -> int:
+    """Run a program whose engines write down what they are asked for, as the setting record says.
+
+    As in: kvengine trace record asked.jsonl -- kvengine serve ... The exit status is the program's.
+    """
+    import subprocess
+
+    from kvengine.config import child_environment
+
+    if not command:
+        raise ConfigError("trace record: no program is given: name one after --")
+    environ = child_environment() | {"KVENGINE_RECORD": str(to.absolute())}
+    try:
+        return subprocess.call(command, env=environ)
+    except OSError as error:
+        raise ConfigError(f"{command[0]}: cannot be run: {error.strerror}") from None
+
+
+@traces.command
 def convert(
     file: Trace, to: Path, /, *, block_tokens: BlockTokens = None, window: Window = 0.0
 ) -> int:

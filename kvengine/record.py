@@ -15,6 +15,7 @@ from pathlib import Path
 import msgspec
 
 from kvengine.keys import BlockKeys
+from kvengine.policy import Request
 
 RECORD_BYTES = 256 << 20
 
@@ -37,7 +38,7 @@ class Recorder:
         self._written = 0
         self.failed = False
 
-    def asked(self, keys: BlockKeys) -> None:
+    def asked(self, keys: BlockKeys, request: Request | None = None) -> None:
         """Write down one look-up of a whole prompt; those of a later part are left out."""
         if keys.position or self.failed:
             return
@@ -45,7 +46,7 @@ class Recorder:
             line = {
                 "timestamp": round(1000 * (self._clock() - self._start), 3),
                 "input_length": len(keys) * keys.namespace.layout.block_tokens,
-                "output_length": 0,
+                "output_length": 0 if request is None else max(0, request.output_tokens),
                 "hash_ids": keys.prints.tolist(),
             }
             data = self._encoder.encode(line) + b"\n"
