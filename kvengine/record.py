@@ -39,8 +39,11 @@ class Recorder:
         self.failed = False
 
     def asked(self, keys: BlockKeys, request: Request | None = None) -> None:
-        """Write down one look-up of a whole prompt; those of a later part are left out."""
-        if keys.position or self.failed:
+        """Write down one look-up of a whole prompt.
+
+        Those of a later part, or of a pool of other than full attention, are left out.
+        """
+        if keys.position or self.failed or keys.namespace.layout.attention != "full":
             return
         with self._lock:
             line = {

@@ -8,7 +8,7 @@ hit, so that it matters little whether the few blocks that everyone asks for are
 
 A shadow learns of blocks as the store does: a look-up touches them, a save brings them. What the
 engine holds and a shadow does not is brought by the look-up, as whoever asked would have computed
-and saved it. Pins, retention and drops are not seen.
+and saved it. Pins, retention, drops and pools of other than full attention are not seen.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class Shadows:
         in_memory: how many leading blocks the engine has in memory; held: there and in tiers;
         pages: of one block.
         """
-        if keys.position:
+        if keys.position or keys.namespace.layout.attention != "full":
             return
         prints = keys.prints
         with self._lock:
@@ -224,6 +224,8 @@ class Shadows:
 
     def saved(self, keys: BlockKeys, pages: int, now: float) -> None:
         """Take in what is saved."""
+        if keys.namespace.layout.attention != "full":
+            return
         prints = keys.prints
         with self._lock:
             at = self._sampled(prints)

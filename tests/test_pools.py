@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_stat
 
 import kvengine
 import rig
+from kvengine import formats
 from kvengine.errors import LayoutError
 from kvengine.layout import Layout
 from kvengine.pools import PoolMatch, longest, needed
@@ -203,6 +204,15 @@ def test_levels_and_windows_go_together():
         (window,), _ = saved(engine, (WINDOW,), 12, retention=Retention(priority=90, last_token=64))
         engine.squeeze(engine.stats()["memory_bytes"] // 3)
         assert engine.contains(window).tolist() == [True] * 4 + [False] * 8
+
+
+def test_recordings_and_shadows_hear_of_the_whole_prompt_alone(tmp_path):
+    with kvengine.open("mem://?size=8M&shadow=lru", record=tmp_path / "asked.jsonl") as engine:
+        engine.warm()
+        tables, _ = saved(engine, (FULL, WINDOW))
+        engine.match_pools(tables).release()
+        assert engine.shadows()["lru"].lookup_blocks == 12 == engine.shadows()["lru"].hit_blocks
+    assert len(formats.read(tmp_path / "asked.jsonl", 16).nodes) == 12
 
 
 def test_what_does_not_fit_is_said():
