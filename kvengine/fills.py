@@ -169,6 +169,10 @@ class Fills:
         self.late += len(void)
         return Settled(np.zeros(len(ids), dtype=np.bool_), void, void[:0])
 
+    def due(self, now: float) -> bool:
+        """Whether a deadline has come."""
+        return bool(self._openings) and next(iter(self._openings.values())).deadline <= now
+
     def expire(self, now: float) -> Settled:
         """Give up what is not whole at its deadline."""
         gone: list[Int32s] = []

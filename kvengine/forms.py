@@ -65,10 +65,15 @@ class Form:
         start, end = part * self.step, part * self.step + self.template.frame_bytes
         padding = bytes(0 if part + 1 == len(self.templates) else self.step + start - end)
         headers = self.templates[part].write(keys, parents, fill, positions, digests, expires)
-        for slot, header in zip(slots, headers, strict=True):
-            room = memory(slot, end + len(padding))
-            room[start : start + len(header)] = header
-            room[end:] = padding  # what was here before is nobody's to see
+        if not start:
+            for slot, header in zip(slots, headers, strict=True):
+                memory(slot, len(header))[:] = header
+        else:
+            for slot, header in zip(slots, headers, strict=True):
+                memory(slot, start + len(header))[start:] = header
+        if padding:  # what was there before is nobody's to see
+            for slot in slots:
+                memory(slot, end + len(padding))[end:] = padding
 
     def read(
         self, memory: Memory, slots: Sequence[int], keys: Sequence[bytes], view: View

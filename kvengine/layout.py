@@ -243,6 +243,8 @@ class Layout:
     @property
     def part_layout(self) -> Layout:
         """Describe one part, as if it were a block."""
+        if self.part_count == 1:
+            return self
         return self._cut(self.layers // self.layer_parts, self.kv_heads // self.head_parts)
 
     @property

@@ -346,17 +346,19 @@ class Store:
         with self._lock:
             self._sweep(now)
             ids, fresh = self._index.claim(keys.words)
-            self._index.start(ids[fresh], number)
-            if group is not None:
-                group = keys.namespace.digest + group
-                self._put_off(keys, ids, fresh, group, number)
             indices = np.flatnonzero(fresh)
             new = ids if len(indices) == len(ids) else ids[indices]
+            self._index.start(new, number)
+            if group is not None:
+                group = keys.namespace.digest + group
+                ids, indices = self._put_off(keys, ids, indices, group, number)
+                new = ids[indices]
             held = np.zeros(len(ids), dtype=np.bool_)
             if len(new) < len(ids):
                 # What is held already is not given up for what continues it.
                 held = self._present(ids, number)[0]
-                known = ids[~fresh & (ids >= 0)]
+                known = ids[~fresh]
+                known = known[known >= 0]
                 self._policy.held(self._index.lease(known))
                 slots = self._take(nbytes, len(new), now, self._incoming(keys, ids, indices))
                 self._unlease(known)
@@ -966,25 +968,26 @@ class Store:
             self._discard(ids)
 
     def _put_off(
-        self, keys: BlockKeys, ids: Int32s, fresh: Bools, group: bytes, number: int
-    ) -> None:
-        """Leave new rows out that are not for this group to fill, or not in this form."""
+        self, keys: BlockKeys, ids: Int32s, indices: NDArray[np.intp], group: bytes, number: int
+    ) -> tuple[Int32s, NDArray[np.intp]]:
+        """Leave new rows out that are not for this group to fill, or not in this form.
+
+        Returns the ids of all keys, UNKNOWN for those, and the indices of the others.
+        """
         forms = self._forms[keys.namespace.number]
         spare = forms.spare is not None and number == forms.spare.number
         known, crowded = self._fills.given_up(group), self._fills.crowded
         if not (known or self._wide or spare or crowded):
-            return
-        off = []
-        for index in np.flatnonzero(fresh).tolist():
-            key = keys.key(index)
-            if crowded or key in known or (key in self._wide) != spare:
-                off.append(index)
-        if off:
-            fresh[off] = False
-            gone = ids[off]
-            self._index.rows[gone, LEASES] = 0
-            self._discard(gone)
-            ids[np.isin(ids, gone)] = UNKNOWN
+            return ids, indices
+        names = [keys.key(index) for index in indices.tolist()]
+        off = np.array(
+            [crowded or key in known or (key in self._wide) != spare for key in names],
+            dtype=np.bool_,
+        )
+        gone = ids[indices[off]]
+        self._index.rows[gone, LEASES] = 0
+        self._discard(gone)
+        return np.where(np.isin(ids, gone), np.int32(UNKNOWN), ids), indices[~off]
 
     def _void(self, settled: Settled, reason: str) -> None:
         """Let go of blocks that were not filled whole; their slots wait for the last writer."""
@@ -1008,7 +1011,8 @@ class Store:
             self._forget(below)
         while self._dead:
             self._acknowledge(self._dead.popleft())
-        self._void(self._fills.expire(now), "missing")
+        if self._fills.due(now):
+            self._void(self._fills.expire(now), "missing")
         while self._leases:
             lease = next(iter(self._leases.values()))
             if lease.deadline > now:
