@@ -104,6 +104,35 @@ def serve(
     return 0
 
 
+@app.command
+def stats(url: Url = None, /, *, settings: Settings = None, as_json: Json = False) -> int:
+    """Show what a daemon (unix:///PATH) holds and has counted, of one tenant.
+
+    With the setting shadow it says what hit ratio other policies would have had.
+    """
+    from kvengine.config import Config
+    from kvengine.peer.client import Client
+
+    config = Config.load(url, options=_options(settings))[0]
+    if config.daemon is None:
+        raise ConfigError(
+            "stats: expected unix:///PATH of a daemon; an engine inside a program says what it has "
+            "counted there, as engine.stats() and engine.metrics"
+        )
+    with Client(config) as client:
+        found = client.stats()
+    if as_json:
+        print(json.dumps({**found, "shadows": _shadows(found)}))
+        return 0
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, count in found.items():
+        table.add_row(name, str(count))
+    for name, ratio in _shadows(found).items():
+        table.add_row(f"shadow_{name}_hit_ratio", f"{ratio:.4f}")
+    _console().print(table)
+    return 0
+
+
 Rate = Annotated[
     str | None, Parameter(help="Read at most so many bytes a second, as in 200M; no limit if none.")
 ]
@@ -271,18 +300,17 @@ def replay(
     window: Window = 0.0,
     as_json: Json = False,
 ) -> int:
-    """Play a trace against an engine, with real saves and loads of made-up blocks.
+    """Play a trace against an engine or a daemon, with real saves and loads of made-up blocks.
 
-    Exit 1 where a block was wrong. With shadow=... in the URL it says what other policies would
-    have hit.
+    Exit 1 where a block was wrong. With shadow=... in the URL (a daemon's own) it says what other
+    policies would have hit.
     """
     from dataclasses import asdict
 
     from rich.progress import Progress
 
-    from kvengine import curves, replay
+    from kvengine import curves, open, replay
     from kvengine.config import Config, size_bytes
-    from kvengine.engine import Engine
 
     costs = curves.model_of(model)
     try:
@@ -293,7 +321,7 @@ def replay(
     if requests is not None:
         played = played.first(max(0, min(requests, played.requests)))
     hidden = not sys.stderr.isatty()
-    with Engine(Config.load(url, options=_options(settings))[0]) as engine:
+    with open(Config.load(url, options=_options(settings))[0]) as engine:
         engine.warm()
         with Progress(console=Console(stderr=True), transient=True, disable=hidden) as bar:
             task = bar.add_task("replaying", total=played.requests)
@@ -301,7 +329,7 @@ def replay(
                 engine, played, costs, block_bytes=nbytes, speed=speed, clients=clients,
                 progress=lambda done: bar.update(task, completed=done),
             )  # fmt: skip
-        shadows = {name: seen.hit_ratio for name, seen in engine.shadows().items()}
+        shadows = _shadows(engine.stats())
     facts = {**asdict(found), "hit_ratio": found.hit_ratio, "shadows": shadows}
     if as_json:
         print(json.dumps(facts))
@@ -506,6 +534,17 @@ def _read_trace(file: Path, block_tokens: int | None, window_s: float) -> "Reque
             window_s=window_s,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
+
+
+def _shadows(found: Mapping[str, int]) -> dict[str, float]:
+    """Return the hit ratio of each policy in shadow, by what an engine has counted."""
+    head, tail = "shadow_", "_hit_blocks"
+    asked = max(1, found.get("shadow_lookup_blocks", 0))
+    return {
+        name[len(head) : -len(tail)]: hits / asked
+        for name, hits in found.items()
+        if name.startswith(head) and name.endswith(tail)
+    }
 
 
 def _show_replay(facts: Mapping[str, object]) -> None:

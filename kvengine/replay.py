@@ -1,4 +1,4 @@
-"""Play a trace against an engine, with saves and loads of blocks that are made up.
+"""Play a trace against an engine or a daemon, with saves and loads of blocks that are made up.
 
 Each request is matched, what is worth loading is loaded, the rest is "computed" (told to the
 engine as a model's cost, not waited for) and saved, as a serving engine would; at the trace's own
@@ -24,6 +24,7 @@ from kvengine.engine import Engine
 from kvengine.errors import TraceError
 from kvengine.keys import KEY_BYTES, BlockKeys, Namespace
 from kvengine.layout import Layout
+from kvengine.peer.client import Client
 from kvengine.policy import Request
 from kvengine.trace import Trace
 
@@ -72,7 +73,7 @@ class Played:
 
 
 def replay(
-    engine: Engine,
+    engine: Engine | Client,
     trace: Trace,
     model: Model,
     *,
@@ -109,7 +110,7 @@ class _Replay:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | Client,
         trace: Trace,
         model: Model,
         block_bytes: int,

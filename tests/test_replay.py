@@ -12,6 +12,7 @@ from kvengine.costs import MODELS
 from kvengine.errors import TraceError
 from kvengine.replay import OPS, replay
 from kvengine.trace import Trace
+from test_daemon import Daemon
 from test_trace import drawn
 
 MODEL = MODELS["llama-3-8b"]
@@ -122,6 +123,28 @@ def test_command(tmp_path, capsys):
     ):
         assert cli.run([*arguments, *wrong]) == cli.BAD_INPUT
         assert says in capsys.readouterr().err
+
+
+def test_a_daemon_is_played_against_and_says_what_it_saw(tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    formats.write(drawn(60, 3), path)
+    daemon = Daemon(tmp_path, "mem://?size=16M&shadow=arc")
+    try:
+        arguments = ["trace", "replay", str(path), daemon.url, "--block-tokens", "16"]
+        assert cli.run([*arguments, "--block-size", "4K", "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert facts["wrong_blocks"] == 0 < facts["loaded_blocks"] == facts["hit_blocks"]
+        assert cli.run(["stats", daemon.url, "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert found["saved_blocks"] == facts["saved_blocks"]
+        assert found["shadow_arc_hit_blocks"] == found["shadow_live_hit_blocks"]
+        assert found["shadows"]["arc"] == pytest.approx(facts["hit_ratio"])
+        assert cli.run(["stats", daemon.url]) == 0
+        assert "shadow_arc_hit_ratio" in capsys.readouterr().out
+    finally:
+        assert daemon.stop() == 0
+    assert cli.run(["stats", "mem://?size=1M"]) == cli.BAD_INPUT
+    assert "expected unix:///PATH of a daemon" in capsys.readouterr().err
 
 
 def test_simulate_with_tiers(tmp_path, capsys):
