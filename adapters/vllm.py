@@ -1,4 +1,4 @@
-"""Keeps vLLM's prefixes: an offloading spec over an engine embedded in the serving process.
+"""Keeps vLLM's prefixes: a connector over an engine embedded in the serving process.
 
     vllm serve MODEL --kv-transfer-config '{
         "kv_connector": "KVEngineConnector",
@@ -12,10 +12,13 @@ On a CPU also set VLLM_ENABLE_V1_MULTIPROCESSING=0: the worker must share the sc
 vLLM names the blocks, decides which to keep, and guards blocks that are still read or written; this
 file translates, and nothing else. A fault of ours is a counted miss, never an exception into vLLM.
 
-`KVEngineConnector` is vLLM's OffloadingConnector and two things more, without which the spec does
-not start: it tells the spec what determines a block's bytes (`vllm_identity`), and it tells vLLM
-which blocks a load did not fill, so that they are computed. The OffloadingConnector cannot say so,
-and stops all of vLLM instead. Tried with vLLM 0.32, whose objects have no types here.
+`KVEngineConnector` is vLLM's OffloadingConnector with `KVEngineOffloadingSpec`, and what the
+OffloadingConnector lacks: it tells the spec what determines a block's bytes (`vllm_identity`) and
+what a request computes beside its tokens (`vllm_requests`); it looks a prompt up as one table; it
+tells vLLM which blocks a load did not fill, so that they are computed (the OffloadingConnector
+stops all of vLLM instead, which is why the spec does not start under it); it loads layer by layer
+where that is asked for; and it tells the engine what computing takes. Tried with vLLM 0.32, whose
+objects have no types here.
 """
 
 from __future__ import annotations
@@ -23,36 +26,59 @@ from __future__ import annotations
 import atexit
 import copy
 import os
+import time
+from dataclasses import dataclass, field
 from typing import Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
-from vllm.v1.kv_offload.base import OffloadingCounterMetadata, OffloadingSpec
-
-from kvengine.adapters.vllm_halves import (
-    ERRORS,
-    UNFILLED,
-    Attachment,
-    KVEngineManager,
-    KVEngineWorker,
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading.common import (
+    OffloadingConnectorMetadata,
+    OffloadingWorkerMetadata,
 )
-from kvengine.adapters.vllm_identity import Facts, describe
+from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
+from vllm.v1.kv_offload.base import (
+    OffloadingCounterMetadata,
+    OffloadingGaugeMetadata,
+    OffloadingSpec,
+)
+from vllm.v1.outputs import KVConnectorOutput
+
+from kvengine.adapters.vllm_attachment import ERRORS, UNFILLED, Attachment
+from kvengine.adapters.vllm_identity import Facts, describe, pages
+from kvengine.adapters.vllm_requests import Adapters
+from kvengine.adapters.vllm_schedule import COUNTERS, GAUGES, KVEngineManager, Prefill
+from kvengine.adapters.vllm_work import KVEngineWorker
 from kvengine.errors import ConfigError, KVEngineError
 
-FACTS = "kvengine"  # where the connector puts the facts among the spec's extra settings
+# Where the connector puts what it knows among the spec's extra settings.
+FACTS, PAGES = "kvengine", "kvengine_pages"
+LOADS = ("between_steps", "by_layer")
+
+
+@dataclass
+class StepMetadata(OffloadingConnectorMetadata):
+    """vLLM's, and the loads that this step computes with, and what it is a measurement of."""
+
+    layered: list[Any] = field(default_factory=list)
+    prefill: Prefill | None = None
 
 
 class KVEngineConnector(OffloadingConnector):
     """vLLM's OffloadingConnector with kvengine's spec.
 
-    Raises ConfigError or ModelNotSupported, at start, for what cannot be served.
+    Extra settings: "load" says when vLLM waits for a load: "between_steps" (the request alone, the
+    default), or "by_layer" (what memory holds is loaded while the step computes, layer by layer;
+    what a tier holds, between steps). "observe_prefill" (true on a CPU): measure what computing
+    takes, and load only what beats it. Raises ConfigError or ModelNotSupported, at start, for what
+    cannot be served.
     """
 
     def __init__(self, vllm_config: Any, role: Any, kv_cache_config: Any) -> None:
-        policy = vllm_config.kv_transfer_config.kv_load_failure_policy
-        if policy != "recompute":
+        transfer = vllm_config.kv_transfer_config
+        if transfer.kv_load_failure_policy != "recompute":
             raise ConfigError(
-                f"kv_load_failure_policy is {policy!r}, expected 'recompute': a block that is lost "
-                "or damaged is then computed, and does not fail its request"
+                f"kv_load_failure_policy is {transfer.kv_load_failure_policy!r}, expected "
+                "'recompute': a block that is lost or damaged is then computed, and does not fail "
+                "its request"
             )
         backend = vllm_config.parallel_config.distributed_executor_backend
         if backend in ("mp", "ray"):
@@ -61,18 +87,122 @@ class KVEngineConnector(OffloadingConnector):
                 "of its own; expected 'uni', since an embedded engine serves one process: leave "
                 "the setting out, and on a CPU set VLLM_ENABLE_V1_MULTIPROCESSING=0"
             )
+        extra = transfer.kv_connector_extra_config
+        if extra.get("load", LOADS[0]) not in LOADS:
+            raise ConfigError(
+                f"'load' in kv_connector_extra_config is {extra['load']!r}, expected one of "
+                f"{', '.join(LOADS)}"
+            )
         facts = describe(vllm_config, kv_cache_config)
-        super().__init__(_with_spec(vllm_config, facts), role, kv_cache_config)
+        found = _with_spec(vllm_config, facts)
+        super().__init__(found, role, kv_cache_config)
+        self._extra = found.kv_transfer_config.kv_connector_extra_config
+        # vLLM takes back a request that has computed with unfilled blocks only if their number
+        # says whose they are, which it does where there is one group.
+        groups = len(kv_cache_config.kv_cache_groups)
+        self._by_layer = extra.get("load") == "by_layer" and groups == 1
+        self._layered: list[int] = []
+        self._observes = extra.get("observe_prefill", _computes_in_step())
+        self._began = 0.0
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        """Whether layers are waited for, which a graph of the whole model cannot do."""
+        return extra_config.get("load") == "by_layer"
+
+    @property
+    def _manager(self) -> KVEngineManager:
+        return self.scheduler.manager
+
+    @property
+    def _worker(self) -> KVEngineWorker | None:
+        half = self.connector_worker
+        return half.worker if half is not None else None
+
+    # The scheduler's side
+
+    def on_new_request(self, request: Any) -> None:
+        self._manager.announce(request)
+        super().on_new_request(request)
+
+    def get_num_new_matched_tokens(
+        self, request: Any, num_computed_tokens: int
+    ) -> tuple[int | None, bool]:
+        self._manager.ask(request.request_id, num_computed_tokens)
+        found, between = super().get_num_new_matched_tokens(request, num_computed_tokens)
+        # A step computes one token at least.
+        if found and self._by_layer and num_computed_tokens + found < request.num_tokens:
+            between = not self._manager.loads_in_step(request.request_id, found)
+        return found, between
+
+    def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
+        super().update_state_after_alloc(request, blocks, num_external_tokens)
+        if not num_external_tokens:
+            self._manager.settle(request.request_id)
+        elif self._by_layer and self._manager.begins_in_step(request.request_id):
+            # For vLLM's scheduler the load is over now: what the step computes is saved after it.
+            number = next(reversed(self.scheduler._current_batch_load_jobs))
+            self._layered.append(number)
+            done = OffloadingWorkerMetadata({number: self.scheduler.config.num_workers})
+            self.scheduler.update_connector_output(KVConnectorOutput(kv_connector_worker_meta=done))
+
+    def build_connector_meta(self, scheduler_output: Any) -> Any:
+        found = super().build_connector_meta(scheduler_output)
+        jobs = [found.load_jobs.pop(number) for number in self._layered]
+        self._layered.clear()
+        prefill = None
+        if self._observes and not jobs and not found.load_jobs:
+            prefill = self._manager.measures(scheduler_output)
+        layered = [(job.src_spec, job.dst_spec.block_ids) for job in jobs]
+        return StepMetadata(**vars(found), layered=layered, prefill=prefill)
+
+    # The worker's side. Without loads for the step, vLLM calls start_load_kv after the model.
+
+    def register_kv_caches(self, kv_caches: dict[str, Any]) -> None:
+        self._extra[PAGES] = pages(self._vllm_config, kv_caches)
+        super().register_kv_caches(kv_caches)
+
+    def bind_connector_metadata(self, connector_metadata: Any) -> None:
+        super().bind_connector_metadata(connector_metadata)
+        self._began = time.monotonic()
+
+    def start_load_kv(self, forward_context: Any, **rest: Any) -> None:
+        step, half = self._connector_metadata, self._worker
+        if half is not None and isinstance(step, StepMetadata):
+            if step.layered:
+                half.begin_layers(step.layered)
+            if step.prefill is not None:
+                half.observe(step.prefill, time.monotonic() - self._began)
+        super().start_load_kv(forward_context, **rest)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        if (half := self._worker) is not None:
+            half.wait_layer(layer_name)
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        half = self._worker
+        if half is not None:
+            half.end_layers()
+        results = super().get_transfer_results(finished_req_ids)
+        if half is not None:
+            results.failed_recving.update(half.take_failed())
+        return results
 
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the paged cache's blocks that a load did not fill; vLLM computes them."""
-        half = self.connector_worker
-        return half.worker.take_unfilled() if half and half.worker else set()
+        return self._worker.take_unfilled() if self._worker is not None else set()
 
     @classmethod
     def build_prom_metrics(cls, vllm_config: Any, *rest: Any) -> Any:
         """Return vLLM's offloading metrics, and the spec's."""
         return super().build_prom_metrics(_with_spec(vllm_config), *rest)
+
+
+def _computes_in_step() -> bool:
+    """Whether a step's computing is over when vLLM goes on, so that a clock can measure it."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
 
 
 def _with_spec(vllm_config: Any, facts: Facts | None = None) -> Any:
@@ -99,10 +229,15 @@ class KVEngineOffloadingSpec(OffloadingSpec):
 
     @classmethod
     def build_metric_definitions(cls, extra_config: dict[str, Any]) -> dict[str, Any]:
-        """Return the counters beside vLLM's own."""
-        return {
-            ERRORS: OffloadingCounterMetadata("Errors of kvengine that became a miss"),
-            UNFILLED: OffloadingCounterMetadata("Blocks that a load did not fill"),
+        """Return the metrics beside vLLM's own."""
+        counted = {
+            ERRORS: "Errors of kvengine that became a miss",
+            UNFILLED: "Blocks that a load did not fill",
+            **{f"vllm:kvengine_{name}": f"kvengine's {name}" for name in COUNTERS},
+        }
+        return {name: OffloadingCounterMetadata(said) for name, said in counted.items()} | {
+            f"vllm:kvengine_{name}": OffloadingGaugeMetadata(f"kvengine's {name}")
+            for name in GAUGES
         }
 
     def __init__(self, config: Any) -> None:
@@ -131,16 +266,18 @@ class KVEngineOffloadingSpec(OffloadingSpec):
 
     def get_manager(self) -> KVEngineManager:
         """Attach the scheduler's half. Raises what `kvengine.open` raises."""
-        return KVEngineManager(_attach(self.config), self._leave)
+        adapters = Adapters(self.extra_config[FACTS].lora)
+        wants_events = self.config.enable_kv_cache_events
+        return KVEngineManager(_attach(self.config), self._leave, adapters, wants_events)
 
     def get_worker(self, kv_caches: Any) -> KVEngineWorker:
         """Attach the worker's half with the paged cache.
 
         Raises what `kvengine.open` raises, ModelNotSupported and LayoutError for other pages.
         """
-        attachment = _attach(self.config)
+        attachment, extra = _attach(self.config), self.extra_config
         try:
-            attachment.register([item.tensor for item in kv_caches.tensors])
+            attachment.register(self.config, kv_caches, extra[FACTS], extra.get(PAGES, ""))
         except KVEngineError:
             self._leave()
             raise
@@ -161,9 +298,7 @@ def _name(config: Any) -> tuple[str, str]:
 def _attach(config: Any) -> Attachment:
     name = _name(config)
     if name not in _attachments:
-        extra, block_tokens = config.extra_config, config.groups[0].tokens_per_block
-        options = extra.get("options", {})
-        _attachments[name] = Attachment(extra["url"], options, extra[FACTS], block_tokens)
+        _attachments[name] = Attachment(name[0], config.extra_config.get("options", {}))
     _attachments[name].users += 1
     return _attachments[name]
 

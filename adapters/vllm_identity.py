@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
-from vllm.v1.kv_cache_interface import FullAttentionSpec, iter_layer_specs
+from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, iter_layer_specs
 
 from kvengine.errors import ConfigError, ModelNotSupported
 
@@ -31,6 +31,8 @@ class Facts:
     positional: str
     source: str
     permutation: str
+    windowed: frozenset[int] = frozenset()  # groups whose attention reads the last tokens only
+    lora: str = ""  # what an adapter's K/V depend on beside its files
 
 
 def describe(vllm_config: Any, kv_cache_config: Any) -> Facts:
@@ -45,19 +47,15 @@ def describe(vllm_config: Any, kv_cache_config: Any) -> Facts:
             f"prefix_caching_hash_algo is {algorithm!r}, expected one of {', '.join(HASHES)}: "
             "blocks outlive the process, so their names must be collision resistant"
         )
-    if vllm_config.lora_config is not None:
-        raise ModelNotSupported(
-            "LoRA is on, and vLLM tells adapters apart by name and path, not by content: serve "
-            "without LoRA, or without kvengine"
-        )
-    groups = kv_cache_config.kv_cache_groups
-    specs = [spec for group in groups for spec in iter_layer_specs(group.kv_cache_spec)]
-    if len(groups) != 1 or not all(isinstance(spec, FullAttentionSpec) for spec in specs):
+    groups = [
+        list(iter_layer_specs(group.kv_cache_spec)) for group in kv_cache_config.kv_cache_groups
+    ]
+    specs = [spec for group in groups for spec in group]
+    if not all(isinstance(spec, FullAttentionSpec | SlidingWindowSpec) for spec in specs):
         kinds = ", ".join(sorted({type(spec).__name__ for spec in specs}))
         raise ModelNotSupported(
-            f"the model has {len(groups)} KV cache groups ({kinds}), expected one of full "
-            "attention: hybrid and sliding-window models are not supported yet, serve them "
-            "without kvengine"
+            f"the model has KV cache groups of {kinds}, expected full or sliding-window attention: "
+            "recurrent and other layers are not supported yet, serve them without kvengine"
         )
     extra = vllm_config.kv_transfer_config.kv_connector_extra_config
     weights = extra.get("revision") or weights_revision(model)
@@ -70,7 +68,18 @@ def describe(vllm_config: Any, kv_cache_config: Any) -> Facts:
         positional=f"rope {getattr(model.hf_text_config, 'rope_parameters', None)}",
         source=f"vllm/{algorithm}/{hash_seed()}",
         permutation=permutation(vllm_config, specs),
+        windowed=frozenset(
+            number for number, group in enumerate(groups) if isinstance(group[0], SlidingWindowSpec)
+        ),
+        lora=lora_settings(vllm_config.lora_config),
     )
+
+
+def lora_settings(config: Any) -> str:
+    """Return what LoRA computes with; "" where it is off."""
+    if config is None:
+        return ""
+    return json.dumps({"dtype": str(config.lora_dtype), "rank": config.max_lora_rank})
 
 
 def model_name(model: Any) -> str:
@@ -121,6 +130,17 @@ def hash_seed() -> str:
     from vllm.v1.core.kv_cache_utils import get_none_hash_seed
 
     return str(get_none_hash_seed())
+
+
+def pages(vllm_config: Any, kv_caches: dict[str, Any]) -> str:
+    """Name what only the worker knows of a page: the kernels' class, the shape and the strides."""
+    layers = vllm_config.compilation_config.static_forward_context
+    found = set()
+    for name, cache in kv_caches.items():
+        backend = layers[name].get_attn_backend() if name in layers else None
+        kernel = f"{backend.__module__}.{backend.__qualname__}" if backend else "unknown"
+        found.add(f"{kernel} {cache.dtype} {tuple(cache.shape[1:])} {cache.stride()[1:]}")
+    return blake3("\n".join(sorted(found)).encode()).hexdigest()
 
 
 def permutation(vllm_config: Any, specs: list[Any]) -> str:

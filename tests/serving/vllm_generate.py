@@ -36,7 +36,7 @@ def prompts() -> list[list[int]]:
     return [shared + [source.randrange(1000) for _ in range(50 + 7 * i)] for i in range(4)]
 
 
-def connector(url: str | None) -> dict[str, Any] | None:
+def connector(url: str | None, **extra: Any) -> dict[str, Any] | None:
     """vLLM's settings for kvengine, as its README gives them."""
     if url is None:
         return None
@@ -45,7 +45,8 @@ def connector(url: str | None) -> dict[str, Any] | None:
         "kv_connector_module_path": "kvengine.adapters.vllm",
         "kv_role": "kv_both",
         "kv_load_failure_policy": "recompute",
-        "kv_connector_extra_config": {"url": url},
+        # What is loaded is not to depend on how busy the machine is.
+        "kv_connector_extra_config": {"url": url, "observe_prefill": False, **extra},
     }
 
 

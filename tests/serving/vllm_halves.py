@@ -12,6 +12,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from vllm.v1.kv_offload.config import (
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvengine.adapters import vllm as adapter
-from kvengine.adapters import vllm_halves, vllm_identity
+from kvengine.adapters import vllm_attachment, vllm_identity
 from kvengine.errors import ConfigError, ModelNotSupported
 
 LAYERS, BLOCKS, PAGE_BYTES, BLOCK_TOKENS = 3, 32, 4096, 16
@@ -42,7 +43,7 @@ FACTS = vllm_identity.Facts("model", "revision", "auto", "rope", "vllm/sha256/se
 def config(**changed: Any) -> OffloadingConfig:
     extra = {"url": "mem://?size=16M", adapter.FACTS: FACTS, **changed.pop("extra", {})}
     settings: dict[str, Any] = {
-        "groups": (OffloadingGroupConfig(BLOCK_TOKENS, ("a", "b", "c"), 0),),
+        "groups": changed.pop("groups", (OffloadingGroupConfig(BLOCK_TOKENS, ("a", "b", "c"), 0),)),
         "worker_kv_bytes_per_block": LAYERS * PAGE_BYTES,
         "enable_kv_cache_events": False,
         "extra_config": extra,
@@ -56,10 +57,23 @@ def config(**changed: Any) -> OffloadingConfig:
     return OffloadingConfig(**settings, **changed)
 
 
-def context(name: str) -> ReqContext:
+def request(name: str, **changed: Any) -> Any:
+    settings = {
+        "block_hashes": [key[:-4] for key in HASHES],
+        "mm_features": [],
+        "lora_request": None,
+    }
+    return SimpleNamespace(request_id=name, **settings | changed)
+
+
+def context(manager: Any, name: str, **changed: Any) -> ReqContext:
+    """A new request, announced and looked up as the connector does it."""
     found = ReqContext(name)
     for index, key in enumerate(HASHES):
         found.set_offload_key_position(key, (index + 1) * BLOCK_TOKENS)
+    manager.announce(request(name, **changed))
+    manager.on_new_request(found)
+    manager.ask(name, 0)
     return found
 
 
@@ -68,13 +82,18 @@ def pages() -> list[np.ndarray]:
     return [source.integers(-128, 128, (BLOCKS, PAGE_BYTES), dtype=np.int8) for _ in range(LAYERS)]
 
 
+def canonical(arrays: list[np.ndarray]) -> Any:
+    """The paged cache as vLLM gives it to an offloading spec."""
+    refs = [SimpleNamespace(tensor_idx=index) for index in range(len(arrays))]
+    tensors = [SimpleNamespace(tensor=array) for array in arrays]
+    return SimpleNamespace(tensors=tensors, group_data_refs=[refs])
+
+
 @contextmanager
 def both(arrays: list[np.ndarray]) -> Iterator[tuple[Any, Any]]:
     """The two halves over one engine in memory, as vLLM makes them: a spec for each."""
     manager = adapter.KVEngineOffloadingSpec(config()).get_manager()
-    tensors = [SimpleNamespace(tensor=array) for array in arrays]
-    spec = adapter.KVEngineOffloadingSpec(config())
-    worker = spec.get_worker(SimpleNamespace(tensors=tensors))
+    worker = adapter.KVEngineOffloadingSpec(config()).get_worker(canonical(arrays))
     assert manager.attachment is worker.attachment
     try:
         yield manager, worker
@@ -105,50 +124,143 @@ def load(manager: Any, worker: Any, asked: ReqContext, count: int, first: int) -
     worker.wait({99})
     assert [result.success for result in worker.get_finished()] == [True]
     manager.complete_load(set(HASHES[:count]), asked)
+    assert manager.leases == 0
     return worker.take_unfilled()
+
+
+def looked_up(manager: Any, asked: ReqContext) -> list[LookupResult]:
+    manager.ask(asked.req_id, 0)
+    return [manager.lookup(key, asked) for key in HASHES]
+
+
+def found(hits: int) -> list[LookupResult]:
+    return [LookupResult.HIT] * hits + [LookupResult.MISS] * (len(HASHES) - hits)
 
 
 def what_is_saved_is_loaded() -> None:
     arrays = pages()
     with both(arrays) as (manager, worker):
-        assert manager.lookup(HASHES[0], context("a")) is LookupResult.MISS
-        save(manager, worker, context("a"), 6)
-        asked = context("b")
-        assert [manager.lookup(key, asked) for key in HASHES[:6]] == [LookupResult.HIT] * 6
-        assert manager.lookup(HASHES[6], asked) is LookupResult.MISS
+        first = context(manager, "a")
+        assert looked_up(manager, first) == found(0)
+        save(manager, worker, first, 6)
+        asked = context(manager, "b")
+        assert looked_up(manager, asked) == found(6)
+        assert manager.leases == 1
         blocks = manager.prepare_load(HASHES[:6], asked)
         assert manager.get_load_source(HASHES[5], asked) is CacheHitSource.HOST
         manager.complete_load(set(HASHES[:6]), asked)
-        assert blocks.lease.blocks == 6
+        assert blocks.runs[0].lease.blocks == 6
         assert load(manager, worker, asked, 6, first=20) == set()
         for array in arrays:
             assert (array[20:26] == array[:6]).all()
-        assert manager.get_stats() is None
+        counted = manager.get_stats().reduce()
+        assert counted["vllm:kvengine_memory_blocks"] == 6
+        assert vllm_attachment.ERRORS not in counted
+
+
+def a_prompt_is_looked_up_at_once() -> None:
+    """One table for all its blocks, and none where the answer is not old."""
+    with both(pages()) as (manager, worker):
+        save(manager, worker, context(manager, "a"), 6)
+        engine, tables = manager.attachment.engine, []
+        match, probe = engine.match, engine.probe
+        engine.match = lambda keys, **rest: tables.append(len(keys)) or match(keys, **rest)
+        engine.probe = lambda keys: tables.append(len(keys)) or probe(keys)
+        asked = context(manager, "b")
+        assert looked_up(manager, asked) == found(6)
+        assert looked_up(manager, asked) == found(6)
+        assert tables == [len(HASHES)]
+        manager.ask("b", 4 * BLOCK_TOKENS)
+        assert manager.lookup(HASHES[3], asked) is LookupResult.MISS
+        assert manager.lookup(HASHES[5], asked) is LookupResult.HIT
+        assert tables == [len(HASHES), len(HASHES) - 4]
+        assert manager.leases == 1
+        manager.on_request_finished(asked)
+        assert manager.leases == 0
+
+
+def a_part_of_a_prompt_is_loaded() -> None:
+    arrays = pages()
+    with both(arrays) as (manager, worker):
+        save(manager, worker, context(manager, "a"), 6)
+        asked = context(manager, "b")
+        blocks = manager.prepare_load(HASHES[2:5], asked)
+        assert worker.submit_load(1, blocks, cache_blocks([20, 21, 22]))
+        worker.wait({1})
+        worker.get_finished()
+        assert worker.take_unfilled() == set()
+        for array in arrays:
+            assert (array[20:23] == array[2:5]).all()
 
 
 def what_is_held_is_not_saved_again() -> None:
     with both(pages()) as (manager, worker):
-        save(manager, worker, context("a"), 4)
-        output = manager.prepare_store(HASHES[:8], context("b"))
+        save(manager, worker, context(manager, "a"), 4)
+        second = context(manager, "b")
+        output = manager.prepare_store(HASHES[:8], second)
         assert output.keys_to_store == HASHES[4:8]
-        assert manager.prepare_store(HASHES[:8], context("c")).keys_to_store == []
-        assert manager.lookup(HASHES[5], context("c")) is LookupResult.HIT_PENDING
-        manager.complete_store(set(HASHES[4:8]), context("b"))
-        assert manager.lookup(HASHES[5], context("c")) is LookupResult.MISS
+        third = context(manager, "c")
+        assert manager.prepare_store(HASHES[:8], third).keys_to_store == []
+        assert looked_up(manager, third)[5] is LookupResult.HIT_PENDING
+        manager.complete_store(set(HASHES[4:8]), second)
+        assert looked_up(manager, third) == found(4)
 
 
 def what_is_lost_is_reported_and_not_asked_again() -> None:
     with both(pages()) as (manager, worker):
-        save(manager, worker, context("a"), 6)
-        asked = context("b")
-        assert manager.lookup(HASHES[5], asked) is LookupResult.HIT
-        engine = manager.attachment.engine
-        assert engine.drop(manager.attachment.keys([HASHES[2]], 2, None)) == 1
+        save(manager, worker, context(manager, "a"), 6)
+        asked = context(manager, "b")
+        engine, attachment = manager.attachment.engine, manager.attachment
+        manager.settle("b")
+        assert engine.drop(attachment.keys(0, "", [HASHES[2]], 2, HASHES[1])) == 1
         assert load(manager, worker, asked, 6, first=20) == {22, 23, 24, 25}
         assert worker.take_unfilled() == set()
-        assert manager.lookup(HASHES[0], asked) is LookupResult.MISS
-        assert manager.lookup(HASHES[0], context("c")) is LookupResult.HIT
-        assert manager.get_stats().reduce() == {vllm_halves.UNFILLED: 4}
+        assert looked_up(manager, asked) == found(0)
+        assert looked_up(manager, context(manager, "c")) == found(2)
+        assert manager.get_stats().reduce()[vllm_attachment.UNFILLED] == 4
+
+
+def what_was_computed_with_unfilled_blocks_is_not_saved() -> None:
+    with both(pages()) as (manager, worker):
+        save(manager, worker, context(manager, "a"), 6)
+        asked, engine = context(manager, "b"), manager.attachment.engine
+        blocks = manager.prepare_load(HASHES[:6], asked)
+        engine.load = broken
+        worker.begin_layers([(blocks, np.arange(20, 26, dtype=np.int32))])
+        worker.wait_layer("a")
+        others = context(manager, "c")
+        output = manager.prepare_store(HASHES[:8], others)
+        worker.end_layers()
+        assert worker.take_unfilled() == set(range(20, 26))
+        worker.submit_store(1, cache_blocks([30, 31]), output.store_spec)
+        worker.wait({1})
+        assert [result.job_id for result in worker.get_finished()] == [1]
+        manager.complete_store(set(output.keys_to_store), others)
+        assert looked_up(manager, context(manager, "d")) == found(6)
+        for _ in range(3):
+            worker.end_layers()
+        save(manager, worker, context(manager, "e"), 8, job=2)
+        assert looked_up(manager, context(manager, "f")) == found(8)
+
+
+def layers_arrive_in_a_step() -> None:
+    arrays = pages()
+    with both(arrays) as (manager, worker):
+        save(manager, worker, context(manager, "a"), 6)
+        asked = context(manager, "b")
+        assert manager.loads_in_step("b", 6 * BLOCK_TOKENS)
+        assert not manager.loads_in_step("b", 7 * BLOCK_TOKENS)
+        assert manager.loads_in_step("b", 6 * BLOCK_TOKENS)
+        blocks = manager.prepare_load(HASHES[:6], asked)
+        assert manager.begins_in_step("b")
+        manager.complete_load(set(HASHES[:6]), asked)
+        worker.begin_layers([(blocks, np.arange(20, 26, dtype=np.int32))])
+        for name, array in zip("abc", arrays, strict=True):
+            worker.wait_layer(name)
+            assert (array[20:26] == array[:6]).all()
+        worker.end_layers()
+        assert worker.take_unfilled() == set()
+        assert manager.leases == 0
 
 
 def broken(*_: Any, **__: Any) -> Any:
@@ -157,32 +269,142 @@ def broken(*_: Any, **__: Any) -> Any:
 
 def an_error_is_a_counted_miss() -> None:
     with both(pages()) as (manager, worker):
-        engine, asked = manager.attachment.engine, context("a")
+        engine, asked = manager.attachment.engine, context(manager, "a")
         save(manager, worker, asked, 2)
         engine.load = broken
-        assert load(manager, worker, context("b"), 2, first=20) == {20, 21}
+        assert load(manager, worker, context(manager, "b"), 2, first=20) == {20, 21}
+        third = context(manager, "c")
+        manager.settle("c")
         engine.match = broken
-        assert load(manager, worker, context("c"), 2, first=20) == {20, 21}
+        assert load(manager, worker, third, 2, first=20) == {20, 21}
         engine.save = broken
         save(manager, worker, asked, 4, job=1)
-        assert manager.lookup(HASHES[3], asked) is LookupResult.MISS
+        assert manager.lookup(HASHES[0], context(manager, "d")) is LookupResult.MISS
         engine.contains = broken
-        assert manager.lookup(HASHES[0], asked) is LookupResult.MISS
         assert manager.prepare_store(HASHES[:8], asked).keys_to_store == []
         assert engine.metrics.get("adapter_errors", adapter="vllm") == 5
-        assert manager.get_stats().reduce() == {vllm_halves.ERRORS: 5, vllm_halves.UNFILLED: 4}
-        for _ in range(2 * vllm_halves.ERRORS_MAX):
-            assert manager.lookup(HASHES[0], asked) is LookupResult.MISS
-        assert engine.metrics.get("adapter_errors", adapter="vllm") == vllm_halves.ERRORS_MAX
+        counted = manager.get_stats().reduce()
+        assert counted[vllm_attachment.ERRORS] == 5
+        assert counted[vllm_attachment.UNFILLED] == 4
+
+
+def errors_without_end_leave_the_engine_alone() -> None:
+    with both(pages()) as (manager, worker):
+        engine = manager.attachment.engine
+        asked = context(manager, "a")
+        match, engine.match = engine.match, broken
+        for number in range(vllm_attachment.ERRORS_MAX):
+            context(manager, f"{number}")
+        assert looked_up(manager, asked) == found(0)
+        assert engine.metrics.get("adapter_errors", adapter="vllm") == vllm_attachment.ERRORS_MAX
+        assert not manager.attachment.serves
+        engine.match = match
+        manager.attachment.tried()  # what a look-up says after a pause
+        assert manager.attachment.serves
 
 
 def a_reset_forgets() -> None:
     with both(pages()) as (manager, worker):
-        save(manager, worker, context("a"), 3)
+        save(manager, worker, context(manager, "a"), 3)
         manager.reset_cache()
-        assert manager.lookup(HASHES[0], context("b")) is LookupResult.MISS
-        save(manager, worker, context("b"), 3, job=1)
-        assert manager.lookup(HASHES[0], context("c")) is LookupResult.HIT
+        second = context(manager, "b")
+        assert looked_up(manager, second) == found(0)
+        save(manager, worker, second, 3, job=1)
+        assert looked_up(manager, context(manager, "c")) == found(3)
+
+
+def adapters_and_media_are_told_apart_by_content() -> None:
+    with both(pages()) as (manager, worker), tempfile.TemporaryDirectory() as folder:
+        weights = Path(folder, "adapter_model.safetensors")
+        weights.write_bytes(b"one")
+
+        def lora(number: int, place: str = folder) -> Any:
+            return SimpleNamespace(
+                lora_name="x", lora_path=place, lora_int_id=number, load_inplace=False
+            )
+
+        save(manager, worker, context(manager, "a", lora_request=lora(1)), 6)
+        assert looked_up(manager, context(manager, "b", lora_request=lora(1))) == found(6)
+        assert looked_up(manager, context(manager, "c")) == found(0)
+        moved = Path(folder, "copy")
+        moved.mkdir()
+        shutil.copy(weights, moved)
+        of_copy = context(manager, "d", lora_request=lora(2, str(moved)))
+        assert looked_up(manager, of_copy) == found(6)
+        weights.write_bytes(b"two")
+        # vLLM may have the old ones or the new ones in this place.
+        assert looked_up(manager, context(manager, "e", lora_request=lora(1))) == found(0)
+        assert looked_up(manager, context(manager, "f", lora_request=lora(3))) == found(0)
+        elsewhere = context(manager, "g", lora_request=lora(4, "a/b"))
+        assert looked_up(manager, elsewhere) == found(0)
+        assert manager.prepare_store(HASHES, elsewhere).keys_to_store == []
+
+        def media(name: str) -> list[Any]:
+            return [SimpleNamespace(mm_hash=name, identifier=name)]
+
+        save(manager, worker, context(manager, "h"), 6, job=1)
+        by_content = context(manager, "i", mm_features=media("0" * 64))
+        assert looked_up(manager, by_content) == found(6)
+        by_choice = context(manager, "j", mm_features=media("mine"))
+        assert looked_up(manager, by_choice) == found(0)
+        assert manager.prepare_store(HASHES, by_choice).keys_to_store == []
+
+
+def groups_are_kept_apart() -> None:
+    """Full attention and a window: two groups, of their own blocks in the same arrays."""
+    arrays = pages()
+    groups = (
+        OffloadingGroupConfig(BLOCK_TOKENS, ("a", "b", "c"), 0),
+        OffloadingGroupConfig(BLOCK_TOKENS, ("d", "e", "f"), 1),
+    )
+    facts = replace(FACTS, windowed=frozenset({1}))
+    changed = config(groups=groups, extra={adapter.FACTS: facts})
+    manager = adapter.KVEngineOffloadingSpec(changed).get_manager()
+    caches = canonical(arrays)
+    caches.group_data_refs *= 2
+    worker = adapter.KVEngineOffloadingSpec(changed).get_worker(caches)
+    windowed = [bytes(make_offload_key(key[:-4], 1)) for key in HASHES]
+
+    def two(name: str) -> ReqContext:
+        asked = context(manager, name)
+        for index, key in enumerate(windowed):
+            asked.set_offload_key_position(key, (index + 1) * BLOCK_TOKENS)
+        return asked
+
+    try:
+        asked = two("a")
+        keys = HASHES[:6] + windowed[1:2] + windowed[4:6]
+        output = manager.prepare_store(keys, asked)
+        assert output.keys_to_store == keys
+        assert [len(run.keys) for run in output.store_spec.runs] == [6, 1, 2]
+        assert worker.submit_store(1, cache_blocks(list(range(9))), output.store_spec)
+        worker.wait({1})
+        worker.get_finished()
+        manager.complete_store(set(keys), asked)
+        asked = two("b")
+        assert looked_up(manager, asked) == found(6)
+        hits = [
+            index for index, key in enumerate(windowed) if manager.lookup(key, asked).name == "HIT"
+        ]
+        assert hits == [1, 4, 5]
+        blocks = manager.prepare_load(HASHES[:6] + windowed[4:6], asked)
+        assert worker.submit_load(2, blocks, cache_blocks(list(range(20, 28))))
+        worker.wait({2})
+        worker.get_finished()
+        manager.complete_load(set(), asked)
+        for array in arrays:
+            assert (array[20:26] == array[:6]).all()
+            assert (array[26:28] == array[7:9]).all()
+        assert worker.take_failed() == set()
+        manager.attachment.engine.load = broken
+        blocks = manager.prepare_load(HASHES[:6], asked)
+        worker.submit_load(3, blocks, cache_blocks(list(range(20, 26))))
+        worker.get_finished()
+        assert worker.take_unfilled() == set()
+        assert worker.take_failed() == {"b"}
+    finally:
+        worker.shutdown()
+        manager.shutdown()
 
 
 def a_fork_shares_nothing() -> None:
@@ -214,14 +436,15 @@ def what_does_not_fit_is_refused() -> None:
     refused(ConfigError, "ftp", spec(config(extra={"url": "ftp://x"})).get_manager)
     assert not adapter._attachments
     arrays = [*pages(), pages()[0][:, 1:]]
-    uneven = SimpleNamespace(tensors=[SimpleNamespace(tensor=array) for array in arrays])
+    uneven = canonical(arrays)
     refused(ModelNotSupported, "expected one size", lambda: spec(config()).get_worker(uneven))
     assert not adapter._attachments
 
 
 def connector(**changed: Any) -> Callable[[], object]:
     transfer = SimpleNamespace(
-        kv_load_failure_policy=changed.get("policy", "recompute"), kv_connector_extra_config={}
+        kv_load_failure_policy=changed.get("policy", "recompute"),
+        kv_connector_extra_config=changed.get("extra", {}),
     )
     vllm_config = SimpleNamespace(
         kv_transfer_config=transfer,
@@ -239,9 +462,8 @@ def what_no_key_tells_apart_is_refused() -> None:
     refused(ConfigError, "expected 'recompute'", connector(policy="fail"))
     refused(ConfigError, "expected 'uni'", connector(backend="mp"))
     refused(ConfigError, "sha256_cbor", connector(algorithm="xxhash"))
-    refused(ModelNotSupported, "LoRA", connector(lora=object()))
-    refused(ModelNotSupported, "2 KV cache groups", connector(groups=2))
-    refused(ModelNotSupported, "full attention", connector())
+    refused(ConfigError, "between_steps", connector(extra={"load": "later"}))
+    refused(ModelNotSupported, "groups of object", connector(groups=2))
 
 
 def weights_are_told_apart() -> None:
@@ -269,10 +491,17 @@ def weights_are_told_apart() -> None:
 
 CHECKS = (
     what_is_saved_is_loaded,
+    a_prompt_is_looked_up_at_once,
+    a_part_of_a_prompt_is_loaded,
     what_is_held_is_not_saved_again,
     what_is_lost_is_reported_and_not_asked_again,
+    what_was_computed_with_unfilled_blocks_is_not_saved,
+    layers_arrive_in_a_step,
     an_error_is_a_counted_miss,
+    errors_without_end_leave_the_engine_alone,
     a_reset_forgets,
+    adapters_and_media_are_told_apart_by_content,
+    groups_are_kept_apart,
     a_fork_shares_nothing,
     what_does_not_fit_is_refused,
     what_no_key_tells_apart_is_refused,
