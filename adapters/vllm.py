@@ -45,7 +45,7 @@ from vllm.v1.outputs import KVConnectorOutput
 from kvengine.adapters.vllm_attachment import ERRORS, UNFILLED, Attachment
 from kvengine.adapters.vllm_identity import Facts, describe, pages
 from kvengine.adapters.vllm_requests import Adapters
-from kvengine.adapters.vllm_schedule import COUNTERS, GAUGES, KVEngineManager, Prefill
+from kvengine.adapters.vllm_schedule import COUNTERS, GAUGES, KVEngineManager, Layered, Prefill
 from kvengine.adapters.vllm_work import KVEngineWorker
 from kvengine.errors import ConfigError, KVEngineError
 
@@ -58,7 +58,7 @@ LOADS = ("between_steps", "by_layer")
 class StepMetadata(OffloadingConnectorMetadata):
     """vLLM's, and the loads that this step computes with, and what it is a measurement of."""
 
-    layered: list[Any] = field(default_factory=list)
+    layered: list[Layered] = field(default_factory=list)
     prefill: Prefill | None = None
 
 
@@ -93,6 +93,12 @@ class KVEngineConnector(OffloadingConnector):
                 f"'load' in kv_connector_extra_config is {extra['load']!r}, expected one of "
                 f"{', '.join(LOADS)}"
             )
+        if extra.get("load") == "by_layer" and vllm_config.scheduler_config.async_scheduling:
+            raise ConfigError(
+                "'load' is 'by_layer' and async_scheduling is on, under which vLLM cannot take "
+                "back a step that has computed with a block which failed to load: set "
+                "async_scheduling=False (--no-async-scheduling), or 'load' to 'between_steps'"
+            )
         facts = describe(vllm_config, kv_cache_config)
         found = _with_spec(vllm_config, facts)
         super().__init__(found, role, kv_cache_config)
@@ -101,7 +107,8 @@ class KVEngineConnector(OffloadingConnector):
         # says whose they are, which it does where there is one group.
         groups = len(kv_cache_config.kv_cache_groups)
         self._by_layer = extra.get("load") == "by_layer" and groups == 1
-        self._layered: list[int] = []
+        self._layered: dict[int, Layered] = {}
+        self._in_step = ""  # the request that was asked for last, where its load is the step's
         self._observes = extra.get("observe_prefill", _computes_in_step())
         self._began = 0.0
 
@@ -112,7 +119,8 @@ class KVEngineConnector(OffloadingConnector):
 
     @property
     def _manager(self) -> KVEngineManager:
-        return self.scheduler.manager
+        manager: KVEngineManager = self.scheduler.manager
+        return manager
 
     @property
     def _worker(self) -> KVEngineWorker | None:
@@ -131,30 +139,35 @@ class KVEngineConnector(OffloadingConnector):
         self._manager.ask(request.request_id, num_computed_tokens)
         found, between = super().get_num_new_matched_tokens(request, num_computed_tokens)
         # A step computes one token at least.
+        self._in_step = ""
         if found and self._by_layer and num_computed_tokens + found < request.num_tokens:
             between = not self._manager.loads_in_step(request.request_id, found)
+            self._in_step = "" if between else request.request_id
         return found, between
 
     def update_state_after_alloc(self, request: Any, blocks: Any, num_external_tokens: int) -> None:
         super().update_state_after_alloc(request, blocks, num_external_tokens)
         if not num_external_tokens:
             self._manager.settle(request.request_id)
-        elif self._by_layer and self._manager.begins_in_step(request.request_id):
-            # For vLLM's scheduler the load is over now: what the step computes is saved after it.
+        elif self._in_step == request.request_id:
+            (found,) = blocks.get_block_ids()
+            # For vLLM's scheduler the load is over now: what the step computes is saved later.
             number = next(reversed(self.scheduler._current_batch_load_jobs))
-            self._layered.append(number)
             done = OffloadingWorkerMetadata({number: self.scheduler.config.num_workers})
             self.scheduler.update_connector_output(KVConnectorOutput(kv_connector_worker_meta=done))
+            self._layered[number] = self._manager.load_in_step(
+                request.request_id, num_external_tokens, found
+            )
 
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         found = super().build_connector_meta(scheduler_output)
-        jobs = [found.load_jobs.pop(number) for number in self._layered]
-        self._layered.clear()
+        layered, self._layered = self._layered, {}
+        for number in layered:
+            del found.load_jobs[number]
         prefill = None
-        if self._observes and not jobs and not found.load_jobs:
+        if self._observes and not layered and not found.load_jobs:
             prefill = self._manager.measures(scheduler_output)
-        layered = [(job.src_spec, job.dst_spec.block_ids) for job in jobs]
-        return StepMetadata(**vars(found), layered=layered, prefill=prefill)
+        return StepMetadata(**vars(found), layered=list(layered.values()), prefill=prefill)
 
     # The worker's side. Without loads for the step, vLLM calls start_load_kv after the model.
 

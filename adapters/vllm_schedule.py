@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from numpy.typing import NDArray
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading.metrics import OffloadingConnectorStats
 from vllm.v1.kv_offload.base import (
     LoadStoreSpec,
@@ -58,7 +60,7 @@ class Asked:
     held: dict[bytes, bool] = field(default_factory=dict)
     leases: dict[int, Lease] = field(default_factory=dict)  # by group
     again_at: float = 0.0  # when the leases are too old to answer
-    in_step: bool = False  # the step that loads computes with it
+    computed: int = 0  # tokens that vLLM itself had at the last `ask`
     in_memory: frozenset[bytes] = frozenset()  # of the blocks that are loaded for it
 
 
@@ -83,20 +85,24 @@ class Run:
 
 @dataclass(slots=True)
 class Blocks(LoadStoreSpec):
-    """What the manager hands to the worker: runs to save, or to load, in the order of vLLM's.
-
-    `by_layer`: the step that is scheduled computes with what is loaded.
-    """
+    """What the manager hands to the worker: runs to save, or to load, in the order of vLLM's."""
 
     asked: Asked = field(default_factory=Asked)
     runs: list[Run] = field(default_factory=list)
-    by_layer: bool = False
 
     def release(self) -> None:
         """Let leases go. A transfer that has begun keeps its own hold."""
         for run in self.runs:
             if run.lease is not None:
                 run.lease.release()
+
+
+@dataclass(frozen=True, slots=True)
+class Layered:
+    """A load of the step that is scheduled, and the blocks of the paged cache that it fills."""
+
+    blocks: Blocks
+    cache_blocks: NDArray[np.int32]
 
 
 def _group_of(key: bytes) -> int:
@@ -150,7 +156,7 @@ class KVEngineManager(OffloadingManager):
         asked = self._asked.get(request_id)
         if asked is None:
             return
-        asked.held = {}
+        asked.held, asked.computed = {}, computed
         if not asked.named or asked.load_failed or not self.attachment.serves:
             self._release(asked)
             return
@@ -197,22 +203,31 @@ class KVEngineManager(OffloadingManager):
         It may where all of them come from memory: none waits for a tier.
         """
         asked = self._asked.get(request_id)
-        if asked is None:
-            return False
-        leases = asked.leases.values()
-        asked.in_step = bool(leases) and all(
+        leases = asked.leases.values() if asked is not None else ()
+        return bool(leases) and all(
             lease.in_memory * lease.keys.namespace.layout.block_tokens >= tokens for lease in leases
         )
-        return asked.in_step
 
-    @border(lambda self, request_id: False)
-    def begins_in_step(self, request_id: str) -> bool:
-        """Whether a request's load is its step's; its lease is then left to the worker."""
-        asked, load = self._asked.get(request_id), self._loads.get(request_id)
-        if asked is None or load is None or not asked.in_step:
-            return False
-        load.by_layer = True
-        return True
+    @border(lambda self, request_id, tokens, cache_blocks: self._all_of(request_id, cache_blocks))
+    def load_in_step(self, request_id: str, tokens: int, cache_blocks: list[int]) -> Layered:
+        """Give the lease to a load of the step that is scheduled, where `loads_in_step` said so.
+
+        vLLM has named these blocks as if they were computed, so that its own list of what to load
+        is empty: it is made here, of the request's blocks in the paged cache.
+        """
+        asked = self._asked[request_id]
+        ((number, group),) = self.attachment.groups.items()
+        first, count = asked.computed // group.block_tokens, tokens // group.block_tokens
+        lease = asked.leases.pop(number)
+        start = first - lease.keys.position
+        asked.in_memory = frozenset(group.hashes(asked.request)[first : first + count])
+        blocks = Blocks(asked, [Run(number, lease.keys[start : start + count], lease, start)])
+        return Layered(blocks, np.array(cache_blocks[first : first + count], dtype=np.int32))
+
+    def _all_of(self, request_id: str, cache_blocks: list[int]) -> Layered:
+        """Return a load of which nothing comes, after an error: all its blocks are unfilled."""
+        asked = self._asked.get(request_id) or Asked(request_id)
+        return Layered(Blocks(asked), np.array(cache_blocks, dtype=np.int32))
 
     @border(lambda self, request_id: None)
     def settle(self, request_id: str) -> None:
@@ -257,23 +272,24 @@ class KVEngineManager(OffloadingManager):
     @border(lambda self, keys, req_context: self._nothing(req_context))
     def prepare_load(self, keys: Collection[bytes], req_context: Any) -> Blocks:
         """Give the leases to a load. What is not held any more, the worker reports as unfilled."""
-        load = self._nothing(req_context)
+        load = Blocks(req_context.get_state(Asked) or Asked(req_context.req_id))
         self._loads[req_context.req_id] = load
         in_memory: list[bytes] = []
         for number, first, hashes in self._runs(list(keys), req_context):
-            keys = self._keys(load.asked, number, first, hashes)
+            named = self._keys(load.asked, number, first, hashes)
             lease = load.asked.leases.pop(number, None)
             if lease is not None and first < lease.keys.position:
                 lease.release()
                 lease = None
-            lease = lease or self.attachment.engine.match(keys)
-            run = Run(number, keys, lease, first - lease.keys.position)
+            lease = lease or self.attachment.engine.match(named)
+            run = Run(number, named, lease, first - lease.keys.position)
             load.runs.append(run)
             in_memory += hashes[: max(0, lease.in_memory - run.first)]
         load.asked.in_memory = frozenset(in_memory)
         return load
 
     def _nothing(self, req_context: Any) -> Blocks:
+        """Return a load of which nothing comes, after an error."""
         return Blocks(req_context.get_state(Asked) or Asked(req_context.req_id))
 
     @border(lambda self, key, req_context: CacheHitSource.EXTERNAL_UNSPECIFIED)
@@ -283,10 +299,10 @@ class KVEngineManager(OffloadingManager):
             return CacheHitSource.EXTERNAL_UNSPECIFIED
         return CacheHitSource.HOST if key in asked.in_memory else CacheHitSource.DISK
 
-    @border(lambda self, keys, req_context: None)
+    @border(lambda self, keys, req_context: self._loads.pop(req_context.req_id, None))
     def complete_load(self, keys: Collection[bytes], req_context: Any) -> None:
         load = self._loads.pop(req_context.req_id, None)
-        if load is not None and not load.by_layer:
+        if load is not None:
             load.release()
 
     @border(lambda self, keys, req_context: PrepareStoreOutput([], Blocks(), []))
@@ -340,7 +356,7 @@ class KVEngineManager(OffloadingManager):
         taken, self._events = self._events, []
         return taken
 
-    @border(lambda self, req_context: None)
+    @border(lambda self, req_context: self._asked.pop(req_context.req_id, None))
     def on_request_finished(self, req_context: Any) -> None:
         asked = self._asked.pop(req_context.req_id, None)
         if asked is not None:

@@ -9,7 +9,7 @@ worker: what a save did not keep is a later miss, and what a load did not fill i
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from vllm.v1.kv_offload.base import OffloadingWorker, TransferResult
 
 from kvengine.adapters.vllm_attachment import UNFILLED, Attachment, border
-from kvengine.adapters.vllm_schedule import Blocks, Prefill, Run
+from kvengine.adapters.vllm_schedule import Blocks, Layered, Prefill, Run
 
 if TYPE_CHECKING:
+    from kvengine.lease import Lease
     from kvengine.transfer import Transfer
 
 WAIT_S = 5.0
@@ -88,6 +89,8 @@ class KVEngineWorker(OffloadingWorker):
     def _start(self, job: Job, begin: Callable[[Run, NDArray[np.int32]], Transfer | None]) -> None:
         for run, table in zip(job.blocks.runs, job.tables(), strict=True):
             job.transfers.append(begin(run, table))
+            if run.lease is not None:
+                self._let_go(run.lease)
 
     @border(NONE)
     def _save(self, run: Run, table: NDArray[np.int32]) -> Transfer | None:
@@ -101,9 +104,11 @@ class KVEngineWorker(OffloadingWorker):
         if lease is None or lease.blocks <= run.first:
             return None
         cache, table = self.attachment.cache(run.group), table[: lease.blocks - run.first]
-        transfer = self.attachment.engine.load(lease, cache, block_table=table, first=run.first)
-        lease.release()  # the transfer has a hold of its own
-        return transfer
+        return self.attachment.engine.load(lease, cache, block_table=table, first=run.first)
+
+    @border(NONE)
+    def _let_go(self, lease: Lease) -> None:
+        lease.release()  # a transfer that has begun has a hold of its own
 
     @border(lambda self: self._give_up())
     def get_finished(self) -> list[TransferResult]:
@@ -193,10 +198,10 @@ class KVEngineWorker(OffloadingWorker):
     # Loads that the step under way computes with
 
     @border(lambda self, loads: self._lose_layers(loads))
-    def begin_layers(self, loads: list[tuple[Blocks, NDArray[np.int32]]]) -> None:
-        """Begin loads that attention waits for, layer by layer: (blocks, where in the cache)."""
-        for blocks, cache_blocks in loads:
-            job = Job(blocks, cache_blocks, True)
+    def begin_layers(self, loads: Sequence[Layered]) -> None:
+        """Begin loads that attention waits for, layer by layer."""
+        for load in loads:
+            job = Job(load.blocks, load.cache_blocks, True)
             self._layered.append(job)
             self._start(job, self._load)
 
@@ -227,9 +232,9 @@ class KVEngineWorker(OffloadingWorker):
             self._end(job)
         self._layered.clear()
 
-    def _lose_layers(self, loads: Iterable[tuple[Blocks, NDArray[np.int32]]] = ()) -> None:
+    def _lose_layers(self, loads: Sequence[Layered] = ()) -> None:
         """Trust no load of this step, after an error."""
-        started = self._layered + [Job(*each, True) for each in loads]
+        started = self._layered + [Job(load.blocks, load.cache_blocks, True) for load in loads]
         self._layered = []
         for job in started:
             for transfer in job.transfers:

@@ -1,7 +1,8 @@
 """Real vLLM, in an environment of its own (`.ci/vllm.sh`), over an engine with a directory.
 
 Each run is a process: vLLM alone, vLLM that fills the directory, vLLM that finds it filled, and
-vLLM that finds a part of it damaged. All must generate the same tokens.
+vLLM that finds a part of it damaged; and some with many cases in one vLLM, with LoRA and a paged
+cache so small that requests are preempted. All must generate the same tokens.
 """
 
 from __future__ import annotations
@@ -52,11 +53,10 @@ class Runner:
             pytest.fail(f"{script} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
         return done.stdout
 
-    def result(self, script: str, *arguments: str | Path) -> dict[str, Any]:
+    def result(self, script: str, *arguments: str | Path) -> Any:
         """Return what the script says in its last line."""
         line = self(script, *arguments).strip().splitlines()[-1]
-        found: dict[str, Any] = json.loads(line.removeprefix("RESULT "))
-        return found
+        return json.loads(line.removeprefix("RESULT "))
 
 
 @dataclass
@@ -103,7 +103,7 @@ def test_halves(run: Runner) -> None:
     """What needs vLLM's classes and no model: misses, failed loads, errors, resets, refusals."""
     results = run.result("vllm_halves.py")
     assert {name: error for name, error in results.items() if error != "good"} == {}
-    assert len(results) == 9
+    assert len(results) == 16
 
 
 def test_first_process_computes_all(vllm: Vllm) -> None:
@@ -140,3 +140,60 @@ def test_damaged_blocks_are_computed(vllm: Vllm) -> None:
     assert column(damaged, "tokens") == column(vllm.alone, "tokens")
     assert PROMPT_TOKENS[0] > column(damaged, "prefilled")[0] > 22
     assert damaged["counters"].get("kvengine_errors", 0) == 0
+
+
+ALONE = ("crowd", "shared", "first", "second")
+
+
+@dataclass
+class Cases:
+    """What `vllm_cases.py` says of a model with two LoRA adapters beside it."""
+
+    run: Runner
+    model: Path
+    alone: dict[str, Any]
+
+    def __call__(self, mode: str, url: str) -> dict[str, Any]:
+        found: dict[str, Any] = self.run.result("vllm_cases.py", mode, self.model, url)
+        return found
+
+
+@pytest.fixture(scope="module")
+def cases(run: Runner, vllm: Vllm) -> Cases:
+    for seed, name in enumerate(ALONE[2:]):
+        run("tiny_lora.py", vllm.model.parent / name, str(seed))
+    return Cases(run, vllm.model, run.result("vllm_cases.py", "alone", vllm.model))
+
+
+@pytest.mark.parametrize("mode", ["cases", "by_layer"])
+def test_cases_in_one_vllm(cases: Cases, mode: str) -> None:
+    """Preemption, LoRA, salts, failed loads, and an error in every function of ours, one by one."""
+    found = cases(mode, "mem://?size=64M")
+    alone = cases.alone
+    errors = found.pop("errors")
+    assert len(errors) > 80
+    assert {name for name, tokens in errors.items() if tokens != alone["shared"]} == set()
+    assert found.pop("leases") == 0
+    for name, case in found.items():
+        assert case["tokens"] == alone.get(name.split(",")[0], alone["shared"]), name
+    computed = {name: case["computed"] for name, case in found.items()}
+    assert computed.pop("crowd, cold") == 8 * 300
+    assert computed.pop("crowd, warm") == 8 * (300 % 32)
+    assert computed.pop("no load") == computed.pop("no lease") == 320
+    shared = {"cold": 32, "warm": 1}  # the second of two prompts that share all but their ends
+    for name in ("shared", "first", "second"):
+        for temperature, tokens in shared.items():
+            assert computed.pop(f"{name}, {temperature}") == tokens
+    assert (computed.pop("salt one 0"), computed.pop("salt two 1")) == (32, 32)
+    assert set(computed.values()) == {1}
+    assert found["crowd, cold"]["preemptions"] > 0
+
+
+def test_two_connectors_over_a_filled_directory(cases: Cases, tmp_path: Path) -> None:
+    url = f"mem://?size=64M | file://{tmp_path}?size=1G"
+    cold = cases("multi", url)
+    warm = cases("multi", url)
+    for name in ALONE:
+        assert cold[name] == warm[name] == cases.alone[name]
+    assert cold["computed"] == cases.alone["computed"] | {"shared": 32, "first": 32, "second": 32}
+    assert warm["computed"] == {"crowd": 8 * (300 % 32), "shared": 1, "first": 1, "second": 1}

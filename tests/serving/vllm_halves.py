@@ -223,10 +223,12 @@ def what_is_lost_is_reported_and_not_asked_again() -> None:
 def what_was_computed_with_unfilled_blocks_is_not_saved() -> None:
     with both(pages()) as (manager, worker):
         save(manager, worker, context(manager, "a"), 6)
-        asked, engine = context(manager, "b"), manager.attachment.engine
-        blocks = manager.prepare_load(HASHES[:6], asked)
-        engine.load = broken
-        worker.begin_layers([(blocks, np.arange(20, 26, dtype=np.int32))])
+        context(manager, "b")
+        engine = manager.attachment.engine
+        assert manager.loads_in_step("b", 6 * BLOCK_TOKENS)
+        layered = manager.load_in_step("b", 6 * BLOCK_TOKENS, list(range(20, 28)))
+        load_of_engine, engine.load = engine.load, broken
+        worker.begin_layers([layered])
         worker.wait_layer("a")
         others = context(manager, "c")
         output = manager.prepare_store(HASHES[:8], others)
@@ -237,6 +239,7 @@ def what_was_computed_with_unfilled_blocks_is_not_saved() -> None:
         assert [result.job_id for result in worker.get_finished()] == [1]
         manager.complete_store(set(output.keys_to_store), others)
         assert looked_up(manager, context(manager, "d")) == found(6)
+        engine.load = load_of_engine
         for _ in range(3):
             worker.end_layers()
         save(manager, worker, context(manager, "e"), 8, job=2)
@@ -247,14 +250,11 @@ def layers_arrive_in_a_step() -> None:
     arrays = pages()
     with both(arrays) as (manager, worker):
         save(manager, worker, context(manager, "a"), 6)
-        asked = context(manager, "b")
-        assert manager.loads_in_step("b", 6 * BLOCK_TOKENS)
+        context(manager, "b")
         assert not manager.loads_in_step("b", 7 * BLOCK_TOKENS)
         assert manager.loads_in_step("b", 6 * BLOCK_TOKENS)
-        blocks = manager.prepare_load(HASHES[:6], asked)
-        assert manager.begins_in_step("b")
-        manager.complete_load(set(HASHES[:6]), asked)
-        worker.begin_layers([(blocks, np.arange(20, 26, dtype=np.int32))])
+        layered = manager.load_in_step("b", 6 * BLOCK_TOKENS, list(range(20, 28)))
+        worker.begin_layers([layered])
         for name, array in zip("abc", arrays, strict=True):
             worker.wait_layer(name)
             assert (array[20:26] == array[:6]).all()
@@ -450,6 +450,7 @@ def connector(**changed: Any) -> Callable[[], object]:
         kv_transfer_config=transfer,
         parallel_config=SimpleNamespace(distributed_executor_backend=changed.get("backend", "uni")),
         cache_config=SimpleNamespace(prefix_caching_hash_algo=changed.get("algorithm", "sha256")),
+        scheduler_config=SimpleNamespace(async_scheduling=True),
         lora_config=changed.get("lora"),
         model_config=None,
     )
@@ -463,6 +464,7 @@ def what_no_key_tells_apart_is_refused() -> None:
     refused(ConfigError, "expected 'uni'", connector(backend="mp"))
     refused(ConfigError, "sha256_cbor", connector(algorithm="xxhash"))
     refused(ConfigError, "between_steps", connector(extra={"load": "later"}))
+    refused(ConfigError, "async_scheduling=False", connector(extra={"load": "by_layer"}))
     refused(ModelNotSupported, "groups of object", connector(groups=2))
 
 
