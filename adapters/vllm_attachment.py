@@ -140,6 +140,10 @@ class Attachment:
                 ),
                 caches=arrays,
             )
+        self.take(groups, facts)
+
+    def take(self, groups: dict[int, Group], facts: Facts) -> None:
+        """Serve these groups from now on. Raises LayoutError where an array does not fit."""
         self._facts, self.groups = facts, groups
         self._caches = {
             number: self.engine.cache(self.namespace(number, ""), group.caches)

@@ -98,7 +98,12 @@ LAYERS = (
     ),
     ("adapters.transformers_rows", "adapters.vllm_attachment"),
     ("adapters.transformers", "adapters.vllm_schedule"),
-    ("adapters.transformers_paged", "adapters.vllm_work"),
+    (
+        "adapters.transformers_paged",
+        "adapters.vllm_work",
+        "adapters.vllm_tier",
+        "adapters.vllm_policy",
+    ),
     ("adapters.vllm", "adapters.sglang", "adapters.lmcache", "demo", "demo.steps"),
     ("cli",),
 )

@@ -27,6 +27,9 @@ from vllm.v1.kv_offload.config import (
     OffloadingModelConfig,
     OffloadingParallelConfig,
 )
+from vllm.v1.kv_offload.cpu.manager import CPUOffloadingManager
+from vllm.v1.kv_offload.tiering.base import TransferJob
+from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
 from kvengine.adapters import vllm as adapter
@@ -468,6 +471,88 @@ def what_no_key_tells_apart_is_refused() -> None:
     refused(ModelNotSupported, "groups of object", connector(groups=2))
 
 
+TIER = {"url": "mem://?size=16M", "revision": "one"}
+
+
+def tier(rows: np.ndarray, **settings: Any) -> Any:
+    """A tier as vLLM's factory makes it from a configuration."""
+    changed = {"type": "KVEngineTier", "module_path": "kvengine.adapters.vllm_tier", **settings}
+    return SecondaryTierFactory.create_secondary_tier(
+        changed, memoryview(rows), SimpleNamespace(config=config())
+    )
+
+
+def job(number: int, keys: list[bytes], chunks: list[int], asked: ReqContext, load: bool) -> Any:
+    return TransferJob(number, keys, np.array(chunks), load, asked)
+
+
+def positions(name: str) -> ReqContext:
+    found = ReqContext(name)
+    for index, key in enumerate(HASHES):
+        found.set_offload_key_position(key, (index + 1) * BLOCK_TOKENS)
+    return found
+
+
+def a_tier_keeps_chunks() -> None:
+    rows = np.random.default_rng(5).integers(-128, 128, (BLOCKS, 3 * PAGE_BYTES), dtype=np.int8)
+    found, asked = tier(rows, **TIER), positions("a")
+    try:
+        assert found.lookup(HASHES[0], asked) is LookupResult.MISS
+        stored = [*range(3), 5]
+        keys = [HASHES[index] for index in stored]
+        found.submit_store(job(1, keys, stored, asked, False))
+        found.drain_jobs()
+        assert [(each.job_id, each.success) for each in found.get_finished_jobs()] == [(1, True)]
+        hits = [index for index, key in enumerate(HASHES) if found.lookup(key, asked).name == "HIT"]
+        assert hits == stored
+        before = rows.copy()
+        found.submit_load(job(2, [*keys, HASHES[7]], [20, 21, 22, 23, 24], asked, True))
+        found.drain_jobs()
+        (result,) = found.get_finished_jobs()
+        assert not result.success
+        assert result.successful_keys == keys
+        assert (rows[20:24] == before[stored]).all()
+        assert (rows[24] == before[24]).all()
+        found.attachment.engine.load = broken
+        found.submit_load(job(3, keys, [20, 21, 22, 23], asked, True))
+        assert [each.success for each in found.get_finished_jobs()] == [False]
+        assert found.get_stats().reduce() == {vllm_attachment.ERRORS: 1}
+    finally:
+        found.shutdown()
+    for missing in TIER:
+        settings = {name: value for name, value in TIER.items() if name != missing}
+        refused(
+            ConfigError, f"has no {missing!r}", lambda settings=settings: tier(rows, **settings)
+        )
+
+
+def a_policy_evicts() -> None:
+    """vLLM's own manager over our policy: as many chunks as it has, and never one in use."""
+    manager = CPUOffloadingManager(8, "KVEngineCachePolicy", "kvengine.adapters.vllm_policy")
+    first, second = positions("a"), positions("b")
+    for asked, keys in ((first, HASHES[:6]), (second, HASHES[6:10])):
+        manager.on_new_request(asked)
+        if asked is second:  # the two that the other request does not need
+            manager.prepare_load(HASHES[:4], first)
+        output = manager.prepare_store(keys, asked)
+        assert output.keys_to_store == keys
+        manager.complete_store(keys, asked)
+        manager.on_request_finished(asked)
+    assert set(output.evicted_keys) == {HASHES[4], HASHES[5]}
+    third = positions("c")
+    manager.on_new_request(third)
+    assert manager.prepare_store(HASHES[10:16], third) is None  # four are being loaded
+    manager.complete_load(HASHES[:4], first)
+    held = [key for key in HASHES if manager.lookup(key, third) is LookupResult.HIT]
+    assert held == HASHES[:4] + HASHES[6:10]
+    manager._policy._policy.victims = broken
+    output = manager.prepare_store(HASHES[10:16], third)
+    assert len(output.evicted_keys) == 6
+    manager.complete_store(HASHES[10:16], third)
+    manager.reset_cache()
+    assert manager.lookup(HASHES[10], third) is LookupResult.MISS
+
+
 def weights_are_told_apart() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder, "first")
@@ -507,6 +592,8 @@ CHECKS = (
     a_fork_shares_nothing,
     what_does_not_fit_is_refused,
     what_no_key_tells_apart_is_refused,
+    a_tier_keeps_chunks,
+    a_policy_evicts,
     weights_are_told_apart,
 )
 
