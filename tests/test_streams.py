@@ -120,6 +120,7 @@ def test_a_million_tokens_in_windows():
         for at in range(0, count, window):
             rig.save(engine, keys[at : at + window], source, np.arange(at, at + window))
         target = rig.caches(of, window)
+        rest(engine)
         with engine.match(keys) as lease:
             assert lease.blocks == count == 2048
             for at in range(0, count, window):
@@ -131,3 +132,12 @@ def test_a_million_tokens_in_windows():
                 there = rig.slots_of(of, range(at, at + window))
                 assert rig.same(of, target, here, source, there)
         engine.check()
+
+
+def rest(engine: kvengine.Engine) -> None:
+    """Wait until no worker does a save's books any more: each of them meets the others here."""
+    workers = engine._transfers._workers.count
+    gate = threading.Barrier(workers + 1)
+    for _ in range(workers):
+        engine._transfers.submit(lambda: gate.wait(rig.WAIT_S) and None)
+    gate.wait(rig.WAIT_S)
