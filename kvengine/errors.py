@@ -5,7 +5,8 @@
     ├── LayoutError        an array, block table or layout that does not fit the namespace
     ├── BadKey             a key or token sequence of the wrong form
     ├── FrameError         bytes that are not a whole, untouched frame
-    │   └── FrameExpired   a frame that has outlived its time to live
+    │   ├── FrameExpired   a frame that has outlived its time to live
+    │   └── UnknownKey     a sealed frame whose data key is not held
     ├── DirectoryInUse     another process holds the directory
     ├── TraceError         a trace file that cannot be read or replayed: the line, what was expected
     ├── ModelNotSupported  a model or cache that an adapter cannot map
@@ -38,6 +39,10 @@ class FrameError(KVEngineError, ValueError):
 
 class FrameExpired(FrameError):
     """A whole frame that has outlived its time to live. Inside the engine: a miss."""
+
+
+class UnknownKey(FrameError):
+    """A sealed frame whose data key was dropped, or is another's. Inside the engine: a miss."""
 
 
 class DirectoryInUse(KVEngineError, OSError):

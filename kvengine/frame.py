@@ -14,11 +14,12 @@
     136     8      part: first layer, end layer, first head, end head (u16 each)
     144     4      position of the block in its prompt
     148     4      tokens in the block
-    152     2      digest kind (1 xxh3-128)
+    152     2      digest kind (1 xxh3-128; 2 AES-256-GCM tags: a sealed frame, kvengine.seal)
     154     2      flags (0)
     156     4      key id for sealing (0: plain)
     160     4      expires: seconds since 1970 after which it is not used (0: never)
-    164     92     reserved, zero
+    164     32     salt of a sealed frame, else zero
+    196     60     reserved, zero
     256     16 S   segments: offset u64, bytes u64 each
     …       16 S   their digests: low u64, high u64 each
     …              zero, up to 16 bytes before the header's end
@@ -58,6 +59,8 @@ ENCODING_INT4 = 4
 ENCODING_ROT4 = 5
 ENCODINGS = range(6)
 DIGEST_XXH3_128 = 1
+TAG_AES_256_GCM = 2
+SALT_BYTES = 32
 PAGE_BYTES = 4096
 FIXED_BYTES = 256
 FILL = slice(120, 136)
@@ -66,7 +69,7 @@ NEVER = 0
 SEGMENT_BYTES = 32
 DIGEST_BYTES = 16
 
-_FIXED = struct.Struct("<4sHHIIQ32s32s32s16s4HIIHHII92s")
+_FIXED = struct.Struct("<4sHHIIQ32s32s32s16s4HIIHHII32s60s")
 assert _FIXED.size == FIXED_BYTES
 
 
@@ -121,6 +124,7 @@ class Header:
     digest_kind: int = DIGEST_XXH3_128
     key_id: int = 0
     expires: int = NEVER
+    salt: bytes = bytes(SALT_BYTES)
 
     @property
     def payload_bytes(self) -> int:
@@ -154,24 +158,27 @@ class Header:
             0,
             self.key_id,
             self.expires,
-            bytes(92),
+            self.salt,
+            bytes(60),
         )
         tables = self.segments.astype("<u8").tobytes() + self.digests.astype("<u8").tobytes()
         data = (fixed + tables).ljust(size - DIGEST_BYTES, b"\0")
         return data + _digest(data)
 
 
-def decode(data: bytes | memoryview) -> Header:
+def decode(data: bytes | memoryview, digest_kind: int = DIGEST_XXH3_128) -> Header:
     """Read and verify a header. Raises FrameError naming what does not hold.
 
-    data: at least the header; the payload may follow. The payload is not looked at.
+    data: at least the header; the payload may follow. The payload is not looked at. A frame of
+    another digest kind is refused: who expects a plain one takes no sealed one, and the reverse.
     """
     if len(data) < FIXED_BYTES:
         raise FrameError(f"a frame has at least {FIXED_BYTES} bytes, got {len(data)}")
     (magic, version, encoding, size, count, payload, key, parent, identity, fill, *rest) = (
         _FIXED.unpack_from(data)
     )
-    (layer, layer_end, head, head_end, position, tokens, kind, flags, key_id, expires, blank) = rest
+    (layer, layer_end, head, head_end, position, tokens, kind, flags, key_id, *rest) = rest
+    expires, salt, blank = rest
     if magic != MAGIC:
         raise FrameError(f"no frame: it begins with {bytes(magic)!r}, expected {MAGIC!r}")
     if version != VERSION:
@@ -184,7 +191,8 @@ def decode(data: bytes | memoryview) -> Header:
     if _digest(whole[:-DIGEST_BYTES]) != whole[-DIGEST_BYTES:]:
         raise FrameError("the header's digest does not match: its bytes have changed")
     padding = whole[FIXED_BYTES + SEGMENT_BYTES * count : -DIGEST_BYTES]
-    if encoding not in ENCODINGS or kind != DIGEST_XXH3_128 or flags or any(blank) or any(padding):
+    zeros = (blank, padding) if kind == TAG_AES_256_GCM else (salt, blank, padding)
+    if encoding not in ENCODINGS or kind != digest_kind or flags or any(map(any, zeros)):
         raise FrameError(f"encoding {encoding}, digest kind {kind}, flags {flags}: not known here")
     tables = np.frombuffer(whole, "<u8", count * 4, FIXED_BYTES).reshape(2, count, 2)
     segments, digests = tables[0].copy(), tables[1].copy()
@@ -208,6 +216,7 @@ def decode(data: bytes | memoryview) -> Header:
         kind,
         key_id,
         expires,
+        salt,
     )
 
 

@@ -14,8 +14,9 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -31,6 +32,7 @@ TICKET_TAG = b"kvengine ticket 1"
 TICKET_MAC_BYTES = 32
 TICKET_TIME_BYTES = 8
 MODELS_MAX = 4096
+DATA_KEYS_MAX = 256
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
 Above = Annotated[float, msgspec.Meta(gt=0)]
@@ -53,11 +55,19 @@ class Quota(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 UNLIMITED = Quota()
 
 
+class DataKey(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What seals a tenant's blocks outside of memory: 32 bytes in hex, and a number for headers."""
+
+    id: Annotated[int, msgspec.Meta(ge=1, lt=1 << 32)]
+    key: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]
+
+
 class Record(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     """What is kept of a tenant. `access`: the digest of its access key, "" for none.
 
     `models`: epochs of single models, beside the tenant's. A gateway is not a tenant: its secret
-    signs tickets, of the tenants that it `serves`.
+    signs tickets, of the tenants that it `serves`. The last of the `data_keys` seals, the others
+    open what they have sealed before.
     """
 
     secret: str
@@ -69,6 +79,7 @@ class Record(msgspec.Struct, forbid_unknown_fields=True, omit_defaults=True):
     public: bool = False
     role: Literal["tenant", "gateway"] = "tenant"
     serves: tuple[str, ...] = ()
+    data_keys: tuple[DataKey, ...] = ()
 
 
 class Tenants:
@@ -240,6 +251,61 @@ class Tenants:
             _of(records, name, "tenant or gateway")
             del records[name]
 
+    # Data keys. That of a given secret is made from it: engines that share one share the other.
+
+    def sealing_key(self, tenant: str = DEFAULT) -> tuple[int, bytes]:
+        """Return the number and the key that a tenant's blocks are sealed with from now on."""
+        if tenant == DEFAULT and self._given:
+            return _derived(self._given)
+        if not self._record(tenant).data_keys:
+            with self._changing() as records:
+                if not _of(records, tenant).data_keys:
+                    _add_key(records, tenant)
+        last = self._record(tenant).data_keys[-1]
+        return last.id, bytes.fromhex(last.key)
+
+    def opening_key(self, key_id: int, tenant: str | None = None) -> bytes | None:
+        """Return a tenant's key of that number, or (None) anybody's; None where it is not held."""
+        if self._given and tenant in (DEFAULT, None):
+            known, key = _derived(self._given)
+            if known == key_id:
+                return key
+        for fresh in (False, True):
+            if fresh and not self.reload():  # another process may have made it
+                break
+            for name, record in self._records.items():
+                for each in record.data_keys if tenant in (name, None) else ():
+                    if each.id == key_id:
+                        return bytes.fromhex(each.key)
+        return None
+
+    def rotate_key(self, tenant: str = DEFAULT) -> int:
+        """Seal a tenant's blocks with a new key from now on; older ones can still be read.
+
+        Returns its number. Raises ConfigError for keys that come of a given secret.
+        """
+        self._own_key(tenant)
+        with self._changing() as records:
+            _add_key(records, tenant)
+        return self.sealing_key(tenant)[0]
+
+    def drop_keys(self, tenant: str = DEFAULT) -> int:
+        """Forget a tenant's data keys: no block sealed with them can be read any more, anywhere.
+
+        Returns how many. Raises ConfigError for keys that come of a given secret.
+        """
+        self._own_key(tenant)
+        with self._changing() as records:
+            record = _of(records, tenant)
+            count, record.data_keys = len(record.data_keys), ()
+        return count
+
+    def _own_key(self, tenant: str) -> None:
+        if tenant == DEFAULT and self._given:
+            raise ConfigError(
+                "the data key comes of the secret that was given: give another one, and forget this"
+            )
+
     # Inside
 
     def _record(self, tenant: str) -> Record:
@@ -263,10 +329,53 @@ class Tenants:
         self.reload()
 
 
+class DataKeys:
+    """The data keys of a store's tenants, by the identity of the blocks that they seal.
+
+    `open_tenants` is called when they are first needed: the directory is the store's by then.
+    """
+
+    def __init__(self, open_tenants: Callable[[], Tenants]) -> None:
+        self._open = open_tenants
+        self._tenant_of: dict[bytes, str] = {}
+
+    @cached_property
+    def tenants(self) -> Tenants:
+        """Whose keys they are."""
+        return self._open()
+
+    def note(self, identity: bytes, tenant: str) -> None:
+        """Say whose blocks have this identity."""
+        self._tenant_of[identity] = tenant
+
+    def sealing(self, identity: bytes) -> tuple[int, bytes]:
+        """Return the number and the key for blocks of an identity, from now on."""
+        return self.tenants.sealing_key(self._tenant_of.get(identity, DEFAULT))
+
+    def opening(self, key_id: int, identity: bytes) -> bytes | None:
+        """Return the key of that number, where it is of the tenant that has such blocks."""
+        return self.tenants.opening_key(key_id, self._tenant_of.get(identity))
+
+
 def sign(key: bytes, tenant: str, expires: float) -> bytes:
     """Make a ticket: when it ends (u64, big-endian) and a keyed BLAKE3 of that and the tenant."""
     end = int(expires).to_bytes(TICKET_TIME_BYTES, "big")
     return end + blake3.blake3(TICKET_TAG + end + tenant.encode(), key=key).digest()
+
+
+def _derived(secret: bytes) -> tuple[int, bytes]:
+    key = blake3.blake3(secret, derive_key_context="kvengine data key 1").digest()
+    named = blake3.blake3(key, derive_key_context="kvengine data key number 1").digest(4)
+    return int.from_bytes(named, "big") or 1, key
+
+
+def _add_key(records: dict[str, Record], tenant: str) -> None:
+    record = _of(records, tenant)
+    taken = {each.id for known in records.values() for each in known.data_keys}
+    while (number := secrets.randbelow((1 << 32) - 1) + 1) in taken:
+        pass
+    made = DataKey(number, secrets.token_hex(KEY_BYTES))
+    record.data_keys = (*record.data_keys[1 - DATA_KEYS_MAX :], made)
 
 
 def _fresh() -> Record:

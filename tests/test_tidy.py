@@ -67,7 +67,7 @@ LAYERS = (
         "tiers.breaker",
         "tiers.resp",
     ),
-    ("cache", "index", "lease", "retention", "tiers", "kernels.*_device"),
+    ("cache", "index", "lease", "retention", "seal", "tiers", "kernels.*_device"),
     (
         "codec",
         "pin",
