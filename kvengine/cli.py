@@ -22,6 +22,8 @@ from kvengine.errors import ConfigError, KVEngineError
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from kvengine.config import Objects, Valkey
+    from kvengine.seal import Sealer
     from kvengine.tiers.remote import Client
     from kvengine.tiers.scrub import Report
     from kvengine.trace import Trace as Requests
@@ -479,30 +481,32 @@ def _scrubs(place: str) -> "dict[str, Callable[..., Report]]":
     """Return what reads each tier of a place, by the tier's name."""
     from functools import partial
 
-    from kvengine.config import Config
+    from kvengine.config import QUERIES, Config
     from kvengine.tiers import scrub
+    from kvengine.url import read_url
 
-    if "://" not in place:
-        return {"disk": partial(scrub.scrub, Path(place))}
+    named = read_url(place, QUERIES) if "://" in place else {"disk.path": place}
+    tiers = {name.partition(".")[0] for name in named}  # not what variables name
     try:
-        config = Config.load(place)[0]
+        config, secret = (loaded := Config.load(options=named)[0]), loaded.secret
     except ConfigError:  # no secret is needed here
-        config = Config.load(place, options={"secret": bytes(32)})[0]
+        config, secret = Config.load(options=named | {"secret": bytes(32)})[0], None
     found: dict[str, Callable[..., Report]] = {}
-    if config.disk is not None:
-        found["disk"] = partial(scrub.scrub, Path(config.disk.path))
-    if config.valkey is not None:
+    directory = Path(config.disk.path) if config.disk and "disk" in tiers else None
+    seal = _sealer(directory, secret)
+    if directory is not None:
+        found["disk"] = partial(scrub.scrub, directory, seal=seal)
+    if config.valkey is not None and "valkey" in tiers:
         from kvengine.tiers.valkey import ValkeyClient
 
-        valkey = config.valkey
-        make = partial(ValkeyClient, valkey)
-        found["valkey"] = partial(_scrub_store, make, valkey.prefix, timeout_s=valkey.timeout_s)
-    if config.objects is not None:
+        make: Callable[[], Client] = partial(ValkeyClient, config.valkey)
+        work = partial(_scrub_store, make, config.valkey.prefix, config.valkey)
+        found["valkey"] = partial(work, seal=seal)
+    if config.objects is not None and "objects" in tiers:
         from kvengine.tiers.objects import ObjectsClient
 
-        objects = config.objects
-        make_objects = partial(ObjectsClient, objects)
-        found["objects"] = partial(_scrub_store, make_objects, "", timeout_s=objects.timeout_s)
+        make = partial(ObjectsClient, config.objects)
+        found["objects"] = partial(_scrub_store, make, "", config.objects, seal=seal)
     if not found:
         raise ConfigError(
             f"{place} names no directory and no remote store: there is nothing to read"
@@ -510,14 +514,34 @@ def _scrubs(place: str) -> "dict[str, Callable[..., Report]]":
     return found
 
 
-def _scrub_store(make: "Callable[[], Client]", prefix: str, **how: Any) -> "Report":
+def _scrub_store(
+    make: "Callable[[], Client]", prefix: str, config: "Valkey | Objects", **how: Any
+) -> "Report":
     from kvengine.tiers import scrub
 
     client = make()
     try:
-        return scrub.scrub_store(client, prefix, **how)
+        return scrub.scrub_store(
+            client, prefix, timeout_s=config.timeout_s, sealed=config.encrypt, **how
+        )
     finally:
         client.close()
+
+
+def _sealer(directory: Path | None, secret: bytes | None) -> "Sealer | None":
+    """Return what opens sealed blocks, with the keys kept in a directory, or made of a secret."""
+    from kvengine.seal import Sealer
+    from kvengine.tenants import DataKeys, Tenants
+
+    kept = directory / "tenants.json" if directory is not None else None
+    if kept is not None and not kept.exists():
+        kept = None
+    if kept is None and secret is None:
+        return None
+    try:
+        return Sealer(DataKeys(lambda: Tenants(kept, secret)))
+    except ConfigError:
+        return None  # without the package what can be seen is checked
 
 
 def _read_trace(file: Path, block_tokens: int | None, window_s: float) -> "Requests":

@@ -242,6 +242,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "disk.size_bytes": Setting(_memory, "a size of at least 64K, such as 100G or 1.5T"),
         "disk.segment_bytes": Setting(_segment, "a size of at least 64K, such as 256M, or 0"),
         "disk.durable": Setting(_flag, "1, 0, true or false"),
+        "disk.encrypt": Setting(_flag, "1, 0, true or false"),
         "disk.clean_low": Setting(_share, "a share of memory from 0 to 1"),
         "disk.clean_high": Setting(_share, "a share of memory from 0 to 1"),
         "lossless": Setting(_flag, "1, 0, true or false"),
@@ -263,6 +264,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "valkey.tls": Setting(_flag, "1, 0, true or false"),
         "valkey.cluster": Setting(_flag, "1, 0, true or false"),
         "valkey.prefix": Setting(_prefix, "up to 256 printable ASCII characters, no blanks"),
+        "valkey.encrypt": Setting(_flag, "1, 0, true or false"),
         "valkey.ttl_s": Setting(_life, "a number of seconds, 0 for ever"),
         "valkey.timeout_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
         "valkey.connections": Setting(_threads, "a number of connections from 1 to 256"),
@@ -273,6 +275,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "objects.region": Setting(_text, "the name of a region, or nothing"),
         "objects.key_id": Setting(_text, "the id of an access key, or nothing"),
         "objects.secret_key": Setting(_password, "the secret of an access key"),
+        "objects.encrypt": Setting(_flag, "1, 0, true or false"),
         "objects.timeout_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
         "objects.connections": Setting(_threads, "a number of connections from 1 to 256"),
         "daemon.socket": Setting(_path, "the path of a daemon's socket"),
@@ -309,6 +312,7 @@ QUERIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "size": "disk.size_bytes",
             "segment": "disk.segment_bytes",
             "durable": "disk.durable",
+            "encrypt": "disk.encrypt",
             "clean_low": "disk.clean_low",
             "clean_high": "disk.clean_high",
         },
@@ -323,14 +327,14 @@ QUERIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             ("valkey", "redis", "valkeys", "rediss"),
             {
                 name: f"valkey.{name}"
-                for name in ("cluster", "prefix", "ttl_s", "timeout_s", "connections")
+                for name in ("cluster", "prefix", "ttl_s", "timeout_s", "connections", "encrypt")
             },
         ),
         **dict.fromkeys(
             OBJECTS,
             {
                 name: f"objects.{name}"
-                for name in ("endpoint", "region", "timeout_s", "connections")
+                for name in ("endpoint", "region", "timeout_s", "connections", "encrypt")
             },
         ),
     }
@@ -345,6 +349,8 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     `durable` makes a write count only once it has been synced.
     Writing begins when more than `clean_low` of memory waits for it (0: at once), gently, and goes
     at full rate above `clean_high`; closing and flushing write all. What waits is lost in a crash.
+    `encrypt` seals blocks with the tenant's data key (AES-256-GCM; package `cryptography`). Give a
+    `secret` from elsewhere: kept in the directory, the key would lie beside what it seals.
     """
 
     path: str
@@ -353,6 +359,7 @@ class Disk(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     durable: bool = False
     clean_low: float = 0.0
     clean_high: float = 0.25
+    encrypt: bool = False
 
     def __post_init__(self) -> None:
         _check(self, "disk.")
@@ -383,6 +390,7 @@ class Valkey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     `prefix` stands before the keys' names there. `ttl_s` is how long a block lives from its
     writing; 0: until the server evicts it. `timeout_s`: how long the server may be silent.
+    `encrypt`: as of a disk; all engines that share blocks set it alike.
     """
 
     host: str
@@ -396,6 +404,7 @@ class Valkey(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ttl_s: float = 0.0
     timeout_s: float = 1.0
     connections: int = 2
+    encrypt: bool = False
 
     def __post_init__(self) -> None:
         _check(self, "valkey.")
@@ -409,7 +418,7 @@ class Objects(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     `url` is s3://bucket/prefix, gs://bucket/prefix or az://container/prefix. Where no key is
     given, credentials are found as the cloud's own tools do: variables, profiles, the machine's
     role. Of Azure, `key_id` is the account's name; Google's are found only so. `timeout_s`: how
-    long one request may take.
+    long one request may take. `encrypt`: as of a disk.
     """
 
     url: str
@@ -419,6 +428,7 @@ class Objects(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     secret_key: Secret | None = None
     timeout_s: float = 10.0
     connections: int = 8
+    encrypt: bool = False
 
     def __post_init__(self) -> None:
         _check(self, "objects.")

@@ -24,7 +24,7 @@ from kvengine.arena import Arena
 from kvengine.cache import PagedCache
 from kvengine.codec import EXACT, forms_of
 from kvengine.compiled import Int32s, Int64s
-from kvengine.config import Config
+from kvengine.config import Config, Objects, Valkey
 from kvengine.errors import ClosedError, ConfigError, LayoutError
 from kvengine.fetches import Fetches, Once
 from kvengine.frame import PAGE_BYTES
@@ -46,9 +46,10 @@ from kvengine.prefetch import PREFETCH_BYTES, prefetch
 from kvengine.record import RECORD_BYTES, Recorder
 from kvengine.retention import Retention, check_seconds
 from kvengine.save import Save, group_of, saving
+from kvengine.seal import KEPT_BYTES, Sealer
 from kvengine.shadow import Computing, Shadowed, Shadows
 from kvengine.store import Store, exercise
-from kvengine.tenants import DEFAULT, Tenants
+from kvengine.tenants import DEFAULT, DataKeys, Tenants
 from kvengine.tiers import Tier
 from kvengine.tiers.disk import DiskTier
 from kvengine.tiers.finder import NOWHERE, Finder
@@ -91,9 +92,11 @@ class Engine:
             config.reservation_s,
         )
         self._tiers: list[Tier] = []
+        kept = None if config.disk is None else Path(config.disk.path) / "tenants.json"
+        self._data_keys = DataKeys(partial(Tenants, kept, config.secret))
         try:
-            kept = self._open_tiers()
-            self._tenants = Tenants(kept, config.secret)
+            self._open_tiers()
+            self._tenants = self._data_keys.tenants
             for tier in self._tiers:
                 self._store.attach(tier)
             self._transfers = Transfers(config.threads, self._failed)
@@ -518,6 +521,23 @@ class Engine:
         self._alive()
         return self._tenants.raise_epoch()
 
+    def rotate_key(self) -> int:
+        """Seal blocks with a new data key from now on; those sealed before can still be read.
+
+        Returns its number. Raises ConfigError where the key comes of a secret that was given.
+        """
+        self._alive()
+        return self._tenants.rotate_key()
+
+    def drop_keys(self) -> int:
+        """Forget the data keys: no sealed block of this tenant can be read again, in any tier.
+
+        What is in memory stays there (see `drop_all`). Returns how many keys. Raises ConfigError
+        where the key comes of a secret that was given.
+        """
+        self._alive()
+        return self._tenants.drop_keys()
+
     def squeeze(self, nbytes: int) -> int:
         """Evict until at most `nbytes` of memory are used; returns how many were given up.
 
@@ -650,6 +670,7 @@ class Engine:
             **dict(identity) | {"fidelity": forms.usual.fidelity},
         )
         space = self._store.namespace(made, layout, self._tenants.secret(), forms)
+        self._data_keys.note(space.digest, self.tenant)
         if ttl_s is not None:
             self._ttl_s[space.number] = ttl_s
         return space, [form.number for form in self._store.forms(space)]
@@ -696,37 +717,42 @@ class Engine:
 
     # Inside
 
-    def _open_tiers(self) -> Path | None:
-        """Open the tiers below memory, the fastest first; return where tenants are kept."""
-        disk, kept = self.config.disk, None
+    def _open_tiers(self) -> None:
+        """Open the tiers below memory, the fastest first."""
+        disk, valkey, objects = self.config.disk, self.config.valkey, self.config.objects
+        sealed = sum(each.encrypt for each in (disk, valkey, objects) if each is not None)
+        kept_bytes = min(KEPT_BYTES, self.config.memory_bytes // 8) if sealed > 1 else 0
+        seal = Sealer(self._data_keys, kept_bytes) if sealed else None
         if disk is not None:
-            path = Path(disk.path)
             tier = DiskTier(
-                path,
+                Path(disk.path),
                 disk.size_bytes,
                 self.metrics,
                 partial(self._store.dropped, len(self._tiers)),
                 segment_bytes=disk.segment_bytes,
                 threads=self.config.io_threads,
                 durable=disk.durable,
+                seal=seal if disk.encrypt else None,
             )
             self._tiers.append(tier)
-            kept = path / "tenants.json"
-        if (valkey := self.config.valkey) is not None:
-            self._open_remote(
-                ValkeyClient(valkey), valkey.prefix, valkey.connections, valkey.timeout_s
-            )
-        if (objects := self.config.objects) is not None:
-            self._open_remote(ObjectsClient(objects), "", objects.connections, objects.timeout_s)
-        return kept
+        if valkey is not None:
+            self._open_remote(ValkeyClient(valkey), valkey, valkey.prefix, seal)
+        if objects is not None:
+            self._open_remote(ObjectsClient(objects), objects, "", seal)
 
-    def _open_remote(self, client: Client, prefix: str, threads: int, timeout_s: float) -> None:
-        lost = partial(self._lost, len(self._tiers))
-        self._tiers.append(
-            RemoteTier(
-                client, self.metrics, lost, prefix=prefix, threads=threads, timeout_s=timeout_s
-            )
+    def _open_remote(
+        self, client: Client, config: Valkey | Objects, prefix: str, seal: Sealer | None
+    ) -> None:
+        tier = RemoteTier(
+            client,
+            self.metrics,
+            partial(self._lost, len(self._tiers)),
+            prefix=prefix,
+            threads=config.connections,
+            timeout_s=config.timeout_s,
+            seal=seal if config.encrypt else None,
         )
+        self._tiers.append(tier)
 
     def _lost(self, number: int, keys: Sequence[bytes]) -> None:
         """Note that a remote tier has lost blocks that it was said to hold."""

@@ -35,6 +35,9 @@ TABLE = (
     Series("kvengine_overfull_blocks_total", "counter", (), "Blocks too large for their encoding"),
     Series("kvengine_evicted_blocks_total", "counter", ("reason",), "Blocks evicted from memory"),
     Series("kvengine_corrupt_blocks_total", "counter", ("tier",), "Blocks whose digest was wrong"),
+    Series(
+        "kvengine_unreadable_blocks_total", "counter", ("tier",), "Blocks whose key is not held"
+    ),
     Series("kvengine_tier_failures_total", "counter", ("tier",), "Reads and writes that failed"),
     Series("kvengine_op_seconds", "histogram", ("op", "tier"), "Seconds an operation took"),
     Series("kvengine_bytes", "gauge", ("tier",), "Bytes held"),

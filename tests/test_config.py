@@ -251,6 +251,9 @@ def test_every_setting_can_come_from_the_environment():
         "KVENGINE_DISK_SIZE_BYTES": "3G",
         "KVENGINE_DISK_SEGMENT_BYTES": "1G",
         "KVENGINE_DISK_DURABLE": "false",
+        "KVENGINE_DISK_ENCRYPT": "1",
+        "KVENGINE_VALKEY_ENCRYPT": "true",
+        "KVENGINE_OBJECTS_ENCRYPT": "1",
         "KVENGINE_DISK_CLEAN_LOW": "0.125",
         "KVENGINE_DISK_CLEAN_HIGH": "0.5",
         "KVENGINE_THREADS": "1",
@@ -299,7 +302,14 @@ def test_every_setting_can_come_from_the_environment():
         memory_bytes=2 * G,
         lossless=False,
         pin=True,
-        disk=Disk(path="/kv", size_bytes=3 * G, segment_bytes=G, clean_low=0.125, clean_high=0.5),
+        disk=Disk(
+            path="/kv",
+            size_bytes=3 * G,
+            segment_bytes=G,
+            clean_low=0.125,
+            clean_high=0.5,
+            encrypt=True,
+        ),
         threads=1,
         io_threads=3,
         secret=Secret.fromhex(HEX),
@@ -320,6 +330,7 @@ def test_every_setting_can_come_from_the_environment():
             ttl_s=9.0,
             timeout_s=3.0,
             connections=3,
+            encrypt=True,
         ),
         objects=Objects(
             url="s3://b",
@@ -329,6 +340,7 @@ def test_every_setting_can_come_from_the_environment():
             secret_key=Secret(b"s"),
             timeout_s=4.0,
             connections=5,
+            encrypt=True,
         ),
     )
 

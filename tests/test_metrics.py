@@ -19,6 +19,7 @@ FROZEN = {
     "kvengine_blocks": ("gauge", ("tier",)),
     "kvengine_demoted_blocks_total": ("counter", ("tier",)),
     "kvengine_write_skipped_blocks_total": ("counter", ("tier",)),
+    "kvengine_unreadable_blocks_total": ("counter", ("tier",)),
     "kvengine_fetched_blocks_total": ("counter", ("tier",)),
     "kvengine_saved_prefill_seconds_total": ("counter", ()),
     "kvengine_hint_unknown_blocks_total": ("counter", ()),

@@ -17,6 +17,7 @@ import servers
 from kvengine import frame
 from kvengine.config import Objects, Valkey
 from kvengine.metrics import Metrics
+from kvengine.seal import Sealer
 from kvengine.tiers import Span, Tier
 from kvengine.tiers.disk import DiskTier
 from kvengine.tiers.objects import ObjectsClient
@@ -60,57 +61,82 @@ class Place:
     """Somewhere that a tier keeps frames: how to open it, and how to spoil what it keeps."""
 
     open: Callable[[Metrics, Callable], Tier]
-    replace: Callable[[bytes, bytes, bytes], None]  # key, the frame there, what shall be there
+    spoil: Callable[[bytes, Callable[[bytes], bytes]], None]  # key, what to make of what is there
     resizes: bool = True
 
 
-def disk_place(tmp_path: Path, _) -> Place:
-    def open_(metrics, dropped):
-        return DiskTier(tmp_path / "kv", 64 << 20, metrics, dropped, segment_bytes=1 << 20)
+class DataKeys:
+    """One data key for all."""
 
-    def replace(key: bytes, old: bytes, new: bytes) -> None:
+    key = bytes(range(32))
+
+    def sealing(self, identity: bytes) -> tuple[int, bytes]:
+        return 1, self.key
+
+    def opening(self, key_id: int, identity: bytes) -> bytes | None:
+        return self.key if key_id == 1 else None
+
+
+def disk_place(tmp_path: Path, _, seal: Sealer | None = None) -> Place:
+    def open_(metrics, dropped):
+        path = tmp_path / "kv"
+        return DiskTier(path, 64 << 20, metrics, dropped, segment_bytes=1 << 20, seal=seal)
+
+    def spoil(key: bytes, change: Callable[[bytes], bytes]) -> None:
         for path in (tmp_path / "kv" / "segments").iterdir():
             data = path.read_bytes()
-            if (at := data.find(old)) >= 0:
-                with path.open("r+b") as file:
-                    file.seek(at)
-                    file.write(new[: len(old)].ljust(len(old), b"\0"))
-                return
+            for at in range(0, len(data), PAGE):
+                if data[at : at + 4] == frame.MAGIC and data[at + 24 : at + 56] == key:
+                    nbytes = PAGE + int.from_bytes(data[at + 16 : at + 24], "little")
+                    new = change(data[at : at + nbytes])
+                    with path.open("r+b") as file:
+                        file.seek(at)
+                        file.write(new[:nbytes].ljust(nbytes, b"\0"))
+                    return
         raise AssertionError("the frame is not on disk")
 
-    return Place(open_, replace, resizes=False)
+    return Place(open_, spoil, resizes=False)
 
 
-def remote(client, metrics, lost, threads=2) -> RemoteTier:
-    return RemoteTier(client, metrics, lost, prefix="kv:", threads=threads, timeout_s=5.0)
+def remote(client, metrics, lost, threads=2, seal: Sealer | None = None) -> RemoteTier:
+    return RemoteTier(
+        client, metrics, lost, prefix="kv:", threads=threads, timeout_s=5.0, seal=seal
+    )
 
 
-def valkey_place(tmp_path: Path, redis: servers.Redis, **options) -> Place:
-    config = Valkey(host="127.0.0.1", port=redis.port, prefix="kv:", timeout_s=5.0, **options)
+def valkey_place(
+    tmp_path: Path, redis: servers.Redis, seal: Sealer | None = None, **options
+) -> Place:
+    database = 1 if seal else 0
+    place = {"host": "127.0.0.1", "port": redis.port, "db": database}
+    config = Valkey(**place, prefix="kv:", timeout_s=5.0, **options)
 
-    def replace(key: bytes, old: bytes, new: bytes) -> None:
-        with redis.client() as client:
-            client.set("kv:" + key.hex(), new)
+    def spoil(key: bytes, change: Callable[[bytes], bytes]) -> None:
+        with redis.client(db=database) as client:
+            client.set("kv:" + key.hex(), change(client.get("kv:" + key.hex())))
 
-    return Place(lambda metrics, lost: remote(ValkeyClient(config), metrics, lost), replace)
+    def open_(metrics, lost):
+        return remote(ValkeyClient(config), metrics, lost, seal=seal)
+
+    return Place(open_, spoil)
 
 
 def cluster_place(tmp_path: Path, nodes: list[servers.Redis]) -> Place:
     found = valkey_place(tmp_path, nodes[0], cluster=True)
 
-    def replace(key: bytes, old: bytes, new: bytes) -> None:
+    def spoil(key: bytes, change: Callable[[bytes], bytes]) -> None:
         import valkey
 
         for node in nodes:
             with node.client() as client, suppress(valkey.ResponseError):
-                client.set("kv:" + key.hex(), new)
+                client.set("kv:" + key.hex(), change(client.get("kv:" + key.hex())))
                 return
 
-    found.replace = replace
+    found.spoil = spoil
     return found
 
 
-def s3_place(tmp_path: Path, moto: servers.Moto) -> Place:
+def s3_place(tmp_path: Path, moto: servers.Moto, seal: Sealer | None = None) -> Place:
     folder = tmp_path.name
     config = Objects(
         url=f"s3://blocks/{folder}",
@@ -120,10 +146,14 @@ def s3_place(tmp_path: Path, moto: servers.Moto) -> Place:
         secret_key="key",
     )
 
-    def replace(key: bytes, old: bytes, new: bytes) -> None:
-        moto.store(folder).put(f"kv:{key.hex()}", new)
+    def spoil(key: bytes, change: Callable[[bytes], bytes]) -> None:
+        store, name = moto.store(folder), f"kv:{key.hex()}"
+        store.put(name, change(bytes(store.get(name).bytes())))
 
-    return Place(lambda metrics, lost: remote(ObjectsClient(config), metrics, lost, 4), replace)
+    def open_(metrics, lost):
+        return remote(ObjectsClient(config), metrics, lost, 4, seal)
+
+    return Place(open_, spoil)
 
 
 PLACES = {
@@ -132,6 +162,7 @@ PLACES = {
     "cluster": cluster_place,
     "s3": s3_place,
 }
+SEALED = {"sealed disk": "disk", "sealed valkey": "valkey", "sealed s3": "s3"}
 
 
 @pytest.fixture(scope="module")
@@ -198,9 +229,13 @@ class Opened:
         return self.tier.find(keys, time.monotonic() + 30.0)
 
 
-@pytest.fixture(params=PLACES)
-def place(request, tmp_path, running) -> Place:
-    return PLACES[request.param](tmp_path, running(request.param))
+@pytest.fixture(params=[*PLACES, *SEALED])
+def place(request, require, tmp_path, running) -> Place:
+    if request.param in PLACES:
+        return PLACES[request.param](tmp_path, running(request.param))
+    require("cryptography")
+    name = SEALED[request.param]
+    return PLACES[name](tmp_path, running(name), Sealer(DataKeys()))
 
 
 @contextmanager
@@ -305,8 +340,10 @@ def test_damage_is_a_counted_miss_and_is_forgotten(place):
     whole = frames.pop()
     with opening(place) as opened:
         opened.write([*frames, whole])
-        for kind, (key, data) in zip(kinds, frames, strict=True):
-            place.replace(key, data, DAMAGE[kind](data, whole[1]))
+        others: list[bytes] = []
+        place.spoil(whole[0], lambda data: others.append(data) or data)
+        for kind, (key, _) in zip(kinds, frames, strict=True):
+            place.spoil(key, lambda data, kind=kind: DAMAGE[kind](data, others[0]))
         assert opened.read([*frames, whole]) == [False] * len(kinds) + [True]
         assert set(opened.lost) == {key for key, _ in frames}
         empty = "empty" in kinds  # an empty value cannot be told from none

@@ -27,14 +27,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvengine.compiled import Int32s
-from kvengine.errors import ConfigError, DirectoryInUse, FrameError, FrameExpired
+from kvengine.errors import (
+    ConfigError,
+    DirectoryInUse,
+    FrameError,
+    FrameExpired,
+    UnknownKey,
+)
 from kvengine.index import KeyTable, Words, grown
 from kvengine.keys import KEY_BYTES
 from kvengine.metrics import Metrics
+from kvengine.seal import HEADER_BYTES, Sealer
 from kvengine.tiers import Dropped, Held, Report, Span, verify
 from kvengine.tiers.breaker import Breaker
 from kvengine.tiers.files import Files, OSFiles
-from kvengine.tiers.format import DROPPED, PAGE_BYTES, Geometry, SlotHeader, pages
+from kvengine.tiers.format import (
+    AES_256_GCM,
+    BLOCK,
+    DROPPED,
+    PAGE_BYTES,
+    PLAIN,
+    Geometry,
+    SlotHeader,
+    pages,
+)
 from kvengine.tiers.segments import NOBODY, Segment, Segments
 from kvengine.workers import Workers
 
@@ -91,8 +107,9 @@ class DiskTier:
     """Frames in a directory of this machine. One process at a time; its threads may share it.
 
     `files` are the file calls, `workers` the threads (of `threads` many where none are given),
-    `keep` decides what outlives its segment. Raises DirectoryInUse where another process (or
-    engine) holds the directory, ConfigError where it holds something else or another version.
+    `keep` decides what outlives its segment; with `seal` blocks lie there encrypted. Raises
+    DirectoryInUse where another process (or engine) holds the directory, ConfigError where it holds
+    something else, another version, or blocks that are not sealed where these are to be.
     """
 
     name = "disk"
@@ -111,6 +128,7 @@ class DiskTier:
         files: Files | None = None,
         workers: Workers | None = None,
         keep: Keep = second_chance,
+        seal: Sealer | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._path = path
@@ -137,7 +155,10 @@ class DiskTier:
         self._drawn = 0
         self._closed = False
         self._files = files or OSFiles()
-        self._folder = Segments(self._files, path, self._count)
+        self._sealer = seal
+        self._more_bytes = HEADER_BYTES if seal else 0  # that a block takes on disk
+        cipher = AES_256_GCM if seal else PLAIN
+        self._folder = Segments(self._files, path, self._count, cipher)
         self.incarnation = self._own()
         try:
             self._recover()
@@ -188,14 +209,16 @@ class DiskTier:
         """Yield the frames found at opening, once, a table for each namespace."""
         found, self._found = self._found, {}
         for (identity, frame_bytes), tables in found.items():
-            yield Held(np.concatenate(tables), identity, frame_bytes)
+            if frame_bytes > self._more_bytes:
+                yield Held(np.concatenate(tables), identity, frame_bytes - self._more_bytes)
 
     def find(self, keys: Sequence[bytes], deadline: float) -> list[int]:
         """Return the size of each key's slot, 0 for none. Known at once."""
         with self._lock:
             ids = self._places.find(_words(keys)).tolist()
             held = [None if id < 0 else self._place(id).segment for id in ids]
-            return [0 if s is None else s.geometry.stride - PAGE_BYTES for s in held]
+            more = PAGE_BYTES + self._more_bytes
+            return [0 if s is None else s.geometry.stride - more for s in held]
 
     def read(self, spans: Sequence[Span], deadline: float, report: Report) -> None:
         """Queue reads, one piece of work a frame; each is reported when its bytes are verified."""
@@ -356,22 +379,17 @@ class DiskTier:
         if place.segment.gone:
             return False
         try:
-            stop = span.nbytes if span.stop is None else min(span.stop, span.nbytes)
-            target = span.frame[span.start : pages(stop)]
-            if span.start:
-                segment, slot, _ = place
-                self._folder.read_on(segment, slot, target, span.start, stop - span.start)
-            else:
-                header = self._folder.read(*place, target, stop)
-                if header.kind == DROPPED:  # forgotten by a footer that is older
-                    self._give_up(span.key, place)
-                    return False
-                if header.key != span.key or header.frame_bytes != span.nbytes:
-                    raise FrameError("a slot with another block")
+            get = self._read_plain if self._sealer is None else self._read_sealed
+            if get(span, place) == DROPPED:  # forgotten by a footer that is older
+                self._give_up(span.key, place)
+                return False
             verify(span)
             return True
         except FrameExpired:
             self._metrics.add("expired", 1, kind="block")
+            self._give_up(span.key, place)
+        except UnknownKey:
+            self._count("unreadable_blocks")
             self._give_up(span.key, place)
         except FrameError:
             self._count("corrupt_blocks")
@@ -383,6 +401,44 @@ class DiskTier:
             elif error.errno not in PASSING:
                 self._give_up(span.key, place)
         return False
+
+    def _read_plain(self, span: Span, place: Place) -> int:
+        """Read what is asked for; returns BLOCK or DROPPED."""
+        stop = span.nbytes if span.stop is None else min(span.stop, span.nbytes)
+        target = span.frame[span.start : pages(stop)]
+        if span.start:
+            segment, slot, _ = place
+            self._folder.read_on(segment, slot, target, span.start, stop - span.start)
+            return BLOCK
+        header = self._folder.read(*place, target, stop)
+        if header.kind == BLOCK and (header.key != span.key or header.frame_bytes != span.nbytes):
+            raise FrameError("a slot with another block")
+        return header.kind
+
+    def _read_sealed(self, span: Span, place: Place) -> int:
+        """Read and open a whole block, the first time that a part of it is asked for."""
+        assert self._sealer is not None
+        if span.start:
+            return BLOCK
+        with self._sealer.room(HEADER_BYTES + span.nbytes) as room:
+            header = self._folder.read(*place, room[: pages(HEADER_BYTES + span.nbytes)])
+            if header.kind == BLOCK:
+                if header.frame_bytes != HEADER_BYTES + span.nbytes:
+                    raise FrameError("a slot with another block")
+                self._sealer.open(room, span.key, span.frame, span.nbytes)
+        return header.kind
+
+    def _check(self, header: SlotHeader, room: memoryview) -> None:
+        """Verify what was read of a block, whatever form it has there. Raises FrameError."""
+        if self._sealer is None:
+            verify(Span(header.key, room, header.frame_bytes))
+            return
+        nbytes = header.frame_bytes - HEADER_BYTES
+        if nbytes <= 0:
+            raise FrameError("a slot with no sealed block")
+        with self._sealer.room(nbytes) as plain:
+            self._sealer.open(room, header.key, plain, nbytes)
+            verify(Span(header.key, plain, nbytes))
 
     def _give_up(self, key: bytes, place: Place) -> None:
         """Forget a block that cannot be read, here and above: it is to be computed again."""
@@ -474,14 +530,17 @@ class DiskTier:
     def _write_frame(self, span: Span) -> Written | None:
         """Write a frame to a slot of its own; `_settle` makes it visible."""
         try:
-            place = self._take(PAGE_BYTES + pages(span.nbytes))
+            place = self._take(PAGE_BYTES + pages(span.nbytes + self._more_bytes))
         except OSError as error:
             self._failed(error)
             return None
         if place is None:
             return None
         try:
-            return place, self._folder.write(*place, span.frame, span.nbytes)
+            if self._sealer is None:
+                return place, self._folder.write(*place, span.frame, span.nbytes)
+            with self._sealer.sealed(span.frame, span.nbytes) as data:
+                return place, self._folder.write(*place, data, HEADER_BYTES + span.nbytes)
         except (OSError, FrameError) as error:
             self._failed(error)
             self._written([place.segment])
@@ -715,7 +774,7 @@ class DiskTier:
             return None
         try:
             header = self._folder.read(*place, room)
-            verify(Span(header.key, room, header.frame_bytes))
+            self._check(header, room)
             return target, self._folder.write(*target, room, header.frame_bytes)
         except (OSError, FrameError) as error:
             if not isinstance(error, FrameExpired):
@@ -784,7 +843,7 @@ class DiskTier:
         room = memoryview(mmap.mmap(-1, place.segment.geometry.stride - PAGE_BYTES))
         try:
             header = self._folder.read(*place, room)
-            verify(Span(header.key, room, header.frame_bytes))
+            self._check(header, room)
             return header.kind != DROPPED
         except (OSError, FrameError):
             return False

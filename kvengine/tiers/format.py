@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 PAGE_BYTES = 4096
 VERSION = 1
-PLAIN = 0  # cipher
+PLAIN, AES_256_GCM = 0, 1  # ciphers
 BLOCK, DROPPED = 1, 2
 DIGEST_BYTES = 16
 

@@ -15,16 +15,19 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Protocol
 
-from kvengine.errors import ConfigError, FrameError, FrameExpired
+from kvengine.errors import ConfigError, FrameError, FrameExpired, UnknownKey
 from kvengine.metrics import Metrics
+from kvengine.seal import HEADER_BYTES, Sealer
 from kvengine.tiers import Dropped, Held, Report, Span, verify
 from kvengine.tiers.breaker import Breaker
 from kvengine.workers import Workers
 
 QUEUE_BYTES = 256 << 20
+SEALED_BYTES = 16 << 20  # a batch of sealed blocks: one is sealed while another is sent
 # A batch may take its timeout, and the time of its bytes at this rate: a store that drips is away.
 RATE_MIN = 16 << 20
 CLOSE_S = 30.0
@@ -96,7 +99,8 @@ class Client(Protocol):
 class RemoteTier:
     """Frames in a remote store. `lost` is called with keys that turned out not to be there.
 
-    `timeout_s`: how long the store may be silent. `clock` gives seconds.
+    `timeout_s`: how long the store may be silent. `clock` gives seconds. With `seal` blocks lie
+    there encrypted.
     """
 
     remote = True
@@ -113,6 +117,7 @@ class RemoteTier:
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
         queue_bytes: int = QUEUE_BYTES,
+        seal: Sealer | None = None,
     ) -> None:
         self.name = client.name
         self._client = client
@@ -121,7 +126,9 @@ class RemoteTier:
         self._prefix = prefix
         self._timeout_s = timeout_s
         self._clock = clock
-        self._batch_bytes = client.batch_bytes
+        self._sealer = seal
+        self._more_bytes = HEADER_BYTES if seal else 0  # that a block takes in the store
+        self._batch_bytes = min(client.batch_bytes, SEALED_BYTES) if seal else client.batch_bytes
         self._queue_bytes = queue_bytes
         self._lock = threading.Lock()
         self._deleted = threading.Condition(self._lock)
@@ -162,6 +169,8 @@ class RemoteTier:
             return [-1] * len(keys)
         self._went_well()
         gone |= self._gone(names)
+        if self._sealer is not None:  # what is too small to be sealed is no block of any size
+            sizes = [size - self._more_bytes if size > self._more_bytes else size for size in sizes]
         return [0 if at in gone else size for at, size in enumerate(sizes)] if gone else sizes
 
     def read(self, spans: Sequence[Span], deadline: float, report: Report) -> None:
@@ -300,16 +309,19 @@ class RemoteTier:
 
         def arrived(index: int, size: int) -> None:
             span, good = batch[index], False
-            if size == span.nbytes:
+            if size == span.nbytes + self._more_bytes:
                 try:
+                    self._open(span, targets[index])
                     verify(span)
                     good = True
                 except FrameExpired:
                     self._metrics.add("expired", 1, kind="block")
                     bad.append(span.key)
+                except UnknownKey:  # others may have it: it stays
+                    self._metrics.add("unreadable_blocks", 1, tier=self.name)
                 except FrameError:
                     size = FOREIGN
-            if size not in (ABSENT, span.nbytes) and not good:
+            if size not in (ABSENT, span.nbytes + self._more_bytes) and not good:
                 self._metrics.add("corrupt_blocks", 1, tier=self.name)
                 bad.append(span.key)
             if not good:
@@ -317,10 +329,34 @@ class RemoteTier:
             report(index, good)
 
         names = [self._name_of(span.key) for span in batch]
-        with self._timed("read"):
-            self._client.get(names, [span.frame[: span.nbytes] for span in batch], until, arrived)
+        with ExitStack() as lent:
+            targets = [self._target(span, lent) for span in batch]
+            wanted = [
+                target[: span.nbytes + self._more_bytes]
+                for span, target in zip(batch, targets, strict=True)
+            ]
+            with self._timed("read"):
+                self._client.get(names, wanted, until, arrived)
         self._went_well()
         self.drop(bad)
+
+    def _target(self, span: Span, lent: ExitStack) -> memoryview:
+        """Return where a value goes: the slot, or memory to open it from."""
+        if self._sealer is None:
+            return span.frame
+        return lent.enter_context(self._sealer.room(HEADER_BYTES + span.nbytes))
+
+    def _open(self, span: Span, value: memoryview) -> None:
+        """Have a value's block in its slot. Raises FrameError."""
+        if self._sealer is not None:
+            self._sealer.open(value, span.key, span.frame, span.nbytes)
+
+    def _value(self, span: Span, lent: ExitStack) -> memoryview:
+        """Return what is stored for a span."""
+        if self._sealer is None:
+            return span.frame[: span.nbytes]
+        sealed = lent.enter_context(self._sealer.sealed(span.frame, span.nbytes))
+        return sealed[: HEADER_BYTES + span.nbytes]
 
     def _write(self, batch: Sequence[Span], until: float, report: Report) -> None:
         now = self._clock()
@@ -346,9 +382,10 @@ class RemoteTier:
                 self._metrics.add("tier_failures", 1, tier=self.name)
             report(chosen[at], good)
 
-        values = [batch[index].frame[: batch[index].nbytes] for index in chosen]
-        with self._timed("write"):
-            self._client.put([names[index] for index in chosen], values, until, stored)
+        with ExitStack() as lent:
+            values = [self._value(batch[index], lent) for index in chosen]
+            with self._timed("write"):
+                self._client.put([names[index] for index in chosen], values, until, stored)
         self._went_well()
 
     def _delete(self) -> None:

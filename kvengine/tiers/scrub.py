@@ -12,14 +12,22 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from kvengine.errors import ConfigError, DirectoryInUse, FrameError, FrameExpired
+from kvengine.errors import (
+    ConfigError,
+    DirectoryInUse,
+    FrameError,
+    FrameExpired,
+    UnknownKey,
+)
+from kvengine.seal import HEADER_BYTES, Sealer, structure
 from kvengine.tiers import Span, verify
 from kvengine.tiers.files import Files, OSFiles
-from kvengine.tiers.format import BLOCK, PAGE_BYTES
+from kvengine.tiers.format import BLOCK, PAGE_BYTES, PLAIN
 from kvengine.tiers.remote import ABSENT, RATE_MIN, Client
 from kvengine.tiers.segments import Segment, Segments
 
@@ -33,11 +41,13 @@ VALUE_BYTES_MAX = 1 << 30
 class Report:
     """How it went. `damaged_pages` are superblocks, segment headers, footers, slots of an unsealed
     segment; `unreadable` what the disk or the store would not give; `others` what stands in a store
-    under names that are none of ours."""
+    under names that are none of ours; `unopened` blocks are sealed with keys that are not held, and
+    only what can be seen of them was checked."""
 
     segments: int = 0
     others: int = 0
     blocks: int = 0
+    unopened: int = 0
     nbytes: int = 0
     damaged_blocks: int = 0
     damaged_pages: int = 0
@@ -57,6 +67,7 @@ class Report:
             "segments": self.segments,
             "others": self.others,
             "blocks": self.blocks,
+            "unopened": self.unopened,
             "bytes": self.nbytes,
             "damaged blocks": self.damaged_blocks,
             "damaged pages": self.damaged_pages,
@@ -74,10 +85,13 @@ def scrub(
     rate_bytes: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     files: Files | None = None,
+    seal: Sealer | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Report:
     """Read every block, at most `rate_bytes` a second. `mend`: give damaged ones up.
+
+    Sealed blocks are opened by `seal`, where it has their keys.
 
     `progress` is told bytes done and bytes in all. Raises DirectoryInUse where an engine has the
     directory, ConfigError where it is none of kvengine's.
@@ -102,9 +116,9 @@ def scrub(
         segments.look()
         if mend:
             pages = found.damaged_pages
-            segments.own()  # writes the superblock's other page anew
+            segments.own()  # of the cipher that was found; writes the superblock's other page anew
             found.damaged_pages = pages
-        _walk(segments, found, rate_bytes, progress, clock, sleep)
+        _walk(segments, found, seal, rate_bytes, progress, clock, sleep)
     finally:
         segments.close()
         files.close(owner)
@@ -117,16 +131,21 @@ def scrub_store(
     *,
     mend: bool,
     timeout_s: float,
+    sealed: bool = False,
+    seal: Sealer | None = None,
     rate_bytes: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Report:
-    """Read every frame of a remote store, as `scrub` does. `mend`: delete damaged ones.
+    """Read every block of a remote store, as `scrub` does. `mend`: delete damaged ones.
+
+    sealed: what is plain there is damaged, and the reverse.
 
     The client stays the caller's to close. Raises ConfigError where the store does not answer.
     """
     found, start = Report(mended=mend), clock()
+    look = partial(_look, found, seal, sealed)
     try:
         total = sum(max(0, size) for name, size in client.names(prefix) if _key_of(name, prefix))
         batch: list[tuple[str, int]] = []
@@ -137,18 +156,39 @@ def scrub_store(
             if batch and sum(size for _, size in batch) + size > min(
                 client.batch_bytes, BATCH_BYTES
             ):
-                _check_batch(client, prefix, batch, found, timeout_s)
+                _check_batch(client, prefix, batch, found, timeout_s, look)
                 batch = []
                 progress(found.nbytes, max(total, found.nbytes))
                 if rate_bytes is not None:
                     sleep(max(0.0, start + found.nbytes / rate_bytes - clock()))
             batch.append((name, size))
-        _check_batch(client, prefix, batch, found, timeout_s)
+        _check_batch(client, prefix, batch, found, timeout_s, look)
         progress(found.nbytes, found.nbytes)
     except OSError as error:
         raise ConfigError(f"the store does not answer ({error}): see that it runs") from error
     found.seconds = clock() - start
     return found
+
+
+def _look(
+    found: Report, seal: Sealer | None, sealed: bool, key: bytes, room: memoryview, nbytes: int
+) -> None:
+    """Verify one block and count it. Raises FrameError."""
+    try:
+        if not sealed:
+            verify(Span(key, room, nbytes))
+        elif seal is None:
+            structure(room[:nbytes], key)
+            found.unopened += 1
+        else:
+            plain = memoryview(bytearray(max(1, nbytes - HEADER_BYTES)))
+            seal.open(room, key, plain, len(plain))
+            verify(Span(key, plain, len(plain)))
+    except UnknownKey:
+        found.unopened += 1
+    except FrameExpired:
+        pass  # whole; given up when it is asked for, or its segment is used again
+    found.blocks += 1
 
 
 def _key_of(name: str, prefix: str) -> bytes:
@@ -158,7 +198,12 @@ def _key_of(name: str, prefix: str) -> bytes:
 
 
 def _check_batch(
-    client: Client, prefix: str, batch: list[tuple[str, int]], found: Report, timeout_s: float
+    client: Client,
+    prefix: str,
+    batch: list[tuple[str, int]],
+    found: Report,
+    timeout_s: float,
+    look: Callable[[bytes, memoryview, int], None],
 ) -> None:
     """Read some frames, and delete those that are damaged if that is wanted."""
     fine = range(1, VALUE_BYTES_MAX + 1)
@@ -176,8 +221,7 @@ def _check_batch(
         try:
             if size != expected:
                 raise FrameError("another value than a moment ago")
-            verify(Span(_key_of(name, prefix), rooms[index], expected))
-            found.blocks += 1
+            look(_key_of(name, prefix), rooms[index], expected)
         except FrameError as error:
             bad.append((name, str(error)))
 
@@ -198,12 +242,14 @@ def _check_batch(
 def _walk(
     segments: Segments,
     found: Report,
+    seal: Sealer | None,
     rate_bytes: int | None,
     progress: Callable[[int, int], None],
     clock: Callable[[], float],
     sleep: Callable[[float], None],
 ) -> None:
     start, loaded = clock(), []
+    look = partial(_look, found, seal, segments.cipher != PLAIN)
     for name in segments.names():
         pages = found.damaged_pages
         try:
@@ -219,7 +265,7 @@ def _walk(
     for segment, amiss in loaded:
         found.segments += 1
         for slot in _slots(segment):
-            if not _check(segments, segment, slot, found):
+            if not _check(segments, segment, slot, found, look):
                 amiss = True
             progress(found.nbytes, total)
             if rate_bytes is not None:
@@ -239,7 +285,13 @@ def _slots(segment: Segment) -> list[int]:
     return slots
 
 
-def _check(segments: Segments, segment: Segment, slot: int, found: Report) -> bool:
+def _check(
+    segments: Segments,
+    segment: Segment,
+    slot: int,
+    found: Report,
+    look: Callable[[bytes, memoryview, int], None],
+) -> bool:
     """Read one block; where it is damaged, count it, and give it up if that is wanted."""
     assert segment.table is not None
     entry = segment.table[slot]
@@ -249,11 +301,7 @@ def _check(segments: Segments, segment: Segment, slot: int, found: Report) -> bo
     try:
         header = segments.read(segment, slot, sequence, room)
         if header.kind == BLOCK:
-            verify(Span(key, room, header.frame_bytes))
-            found.blocks += 1
-        return True
-    except FrameExpired:
-        found.blocks += 1  # whole; given up when it is asked for, or its segment is used again
+            look(key, room, header.frame_bytes)
         return True
     except (FrameError, OSError) as error:
         found.damaged_blocks += 1

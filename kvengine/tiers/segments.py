@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from kvengine.compiled import Int32s
 from kvengine.errors import ConfigError, FrameError
 from kvengine.tiers.files import Files, Handles, whole
 from kvengine.tiers.format import (
+    AES_256_GCM,
     BLOCK,
     DROPPED,
     ENTRY,
@@ -37,6 +39,7 @@ from kvengine.tiers.format import (
     table_of,
 )
 
+CIPHERS = MappingProxyType({PLAIN: "plain", AES_256_GCM: "sealed"})
 NAME = re.compile(r"(\d{8})\.seg")
 SCAN_BYTES = 512 << 10  # slots of a quarter of it or more are read by their headers alone
 FRONT_BYTES = 64 << 10  # header, footer and table of most segments, in one read
@@ -90,15 +93,18 @@ class Segment:
 
 
 class Segments:
-    """The segment files of one directory, and its superblock."""
+    """The segment files of one directory, and its superblock, which names the `cipher`."""
 
-    def __init__(self, files: Files, folder: Path, count: Callable[[str], None]) -> None:
+    def __init__(
+        self, files: Files, folder: Path, count: Callable[[str], None], cipher: int = PLAIN
+    ) -> None:
         self._files = files
         self._folder = folder
         self._count = count
         self._home = folder / "segments"
         self._handles = Handles(files)
         self._uuid = b""
+        self.cipher = cipher
 
     def own(self) -> int:
         """Read the superblock, or make one; write it as a new incarnation, which is returned.
@@ -110,7 +116,7 @@ class Segments:
         if path.name not in self._files.names(self._folder):
             fresh = path.with_suffix(".new")
             self._files.remove(fresh)
-            page = Superblock(os.urandom(16), 0).page()
+            page = Superblock(os.urandom(16), 0, self.cipher).page()
             with self._handles.of(fresh, create=True) as handle:
                 self._all(whole(self._files.write, handle, [page, page], 0), 2 * PAGE_BYTES)
                 self._files.sync(handle)
@@ -120,6 +126,11 @@ class Segments:
                 self._files.sync_folder(folder)
         with self._handles.of(path) as handle:
             at, found = self._superblock(handle, path)
+            if found.cipher != self.cipher:
+                raise ConfigError(
+                    f"{self._folder} holds {CIPHERS[found.cipher]} blocks, and disk.encrypt asks "
+                    f"for {CIPHERS[self.cipher]} ones: change it, or give another directory"
+                )
             # The older page is written, the newer stays whole whatever happens.
             found = found._replace(incarnation=found.incarnation + 1)
             self._all(whole(self._files.write, handle, [found.page()], at), PAGE_BYTES)
@@ -138,7 +149,8 @@ class Segments:
         path = self._folder / "superblock"
         try:
             with self._handles.of(path) as handle:
-                self._uuid = self._superblock(handle, path)[1].uuid
+                found = self._superblock(handle, path)[1]
+                self._uuid, self.cipher = found.uuid, found.cipher
         except FileNotFoundError as error:
             raise ConfigError(
                 f"{self._folder} is no directory of kvengine's: it has no superblock"
@@ -158,7 +170,7 @@ class Segments:
                 f"{path} has format version {found.version}, this kvengine writes {VERSION}: "
                 "open it with the one that made it, or remove the directory"
             )
-        if found.cipher != PLAIN:
+        if found.cipher not in CIPHERS:
             raise ConfigError(f"{path} is sealed with cipher {found.cipher}, not known here")
         if None in there:
             self._count("corrupt_blocks")
