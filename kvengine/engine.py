@@ -527,7 +527,7 @@ class Engine:
         Returns its number. Raises ConfigError where the key comes of a secret that was given.
         """
         self._alive()
-        return self._tenants.rotate_key()
+        return self._tenants.rotate_key(self.tenant)
 
     def drop_keys(self) -> int:
         """Forget the data keys: no sealed block of this tenant can be read again, in any tier.
@@ -536,7 +536,7 @@ class Engine:
         where the key comes of a secret that was given.
         """
         self._alive()
-        return self._tenants.drop_keys()
+        return self._tenants.drop_keys(self.tenant)
 
     def squeeze(self, nbytes: int) -> int:
         """Evict until at most `nbytes` of memory are used; returns how many were given up.
