@@ -246,7 +246,7 @@ def simulate(
     """
     from dataclasses import asdict
 
-    from rich.progress import track
+    from rich.progress import Progress
 
     from kvengine import curves
 
@@ -258,11 +258,18 @@ def simulate(
     hidden = not sys.stderr.isatty()
     costs = curves.model_of(model or "llama-3-8b") if model or tiers else None
     below = curves.below(tiers, played) if tiers else []
-    for each in track(blocks, "simulating", console=console, transient=True, disable=hidden):
-        if costs is None:
-            points += curves.table(played, policies, [each], scored)
-        else:
-            points += curves.tiers_table(played, policies, each, below, costs, scored)
+    with Progress(console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task("simulating", total=len(blocks))
+        for done, each in enumerate(blocks):
+
+            def told(share: float, done: int = done) -> None:
+                bar.update(task, completed=done + share)
+
+            if costs is None:
+                points += curves.table(played, policies, [each], scored)
+            else:
+                points += curves.tiers_table(played, policies, each, below, costs, scored, told)
+            told(1.0)
     if svg is not None:
         try:
             svg.write_text(curves.svg(points, file.name), encoding="utf-8")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 from xml.sax.saxutils import escape
@@ -144,13 +144,23 @@ def tiers_table(
     tiers: Sequence[Below],
     model: Model,
     scored: float,
+    progress: Callable[[float], None] | None = None,
 ) -> list[Point]:
-    """Play every policy with so much memory and tiers below it, at a model's costs."""
+    """Play every policy with so much memory and tiers below it, at a model's costs.
+
+    `progress` is told which share of it is done.
+    """
     score_from = scored_from(trace, scored)
     share, points = capacity / max(1, trace.unique), []
-    for name in dict.fromkeys(["lru", *policies]):
+    chosen = list(dict.fromkeys(["lru", *policies]))
+    for number, name in enumerate(chosen):
+
+        def told(requests: int, number: int = number) -> None:
+            if progress is not None:
+                progress((number + requests / max(1, trace.requests)) / len(chosen))
+
         start = time.perf_counter()
-        found = play(trace, policy_of(name), capacity, tiers, model, score_from)
+        found = play(trace, policy_of(name), capacity, tiers, model, score_from, progress=told)
         rate = len(trace.nodes) / max(time.perf_counter() - start, 1e-9)
         memory = found.memory_hits / max(1, found.accesses)
         seconds = (memory, found.saved_share, found.saved_s)

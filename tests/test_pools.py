@@ -15,6 +15,7 @@ from kvengine.errors import LayoutError
 from kvengine.layout import Layout
 from kvengine.pools import PoolMatch, longest, needed
 from kvengine.retention import Retention
+from test_daemon import Daemon
 
 FULL = rig.layout()
 WINDOW = rig.layout(attention="sliding", window_tokens=33, sink_tokens=16)  # 2 blocks and a sink
@@ -320,3 +321,18 @@ def test_pools_against_all_that_is_asked():
     run_state_machine_as_test(
         TwoPools, settings=settings(max_examples=12, stateful_step_count=25, deadline=None)
     )
+
+
+def test_a_daemon_matches_pools_too(tmp_path):
+    daemon = Daemon(tmp_path, "mem://?size=8M")
+    try:
+        with kvengine.open(daemon.url) as engine:
+            tables, caches = saved(engine, (FULL, WINDOW, STATE))
+            assert engine.drop(tables[1][1:10]) == 9
+            with engine.match_pools(tables) as match:
+                assert match.tokens == 192
+                check_right(engine, match, tables, caches)
+            assert engine.drop(tables[1][11:]) == 1
+            assert engine.match_pools(tables).tokens == 16
+    finally:
+        assert daemon.stop() == 0
