@@ -81,8 +81,15 @@ def traced(path: Path) -> list[Row]:
         for place in PLACES.values():
             theirs, ours = (
                 tiered.play(
-                    trace, LRU(), memory, [tiered.Below(place, below)], model, scored, plans=plans
-                )
+                    trace,
+                    LRU(),
+                    memory,
+                    [tiered.Below(place, below)],
+                    model,
+                    scored,
+                    plans=plans,
+                    split=plans,
+                )  # fmt: skip
                 for plans in (False, True)
             )
             shared = {"bench": "plan", "case": f"{trace.name} {model.name} / {place.name}"}

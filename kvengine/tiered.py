@@ -64,15 +64,19 @@ def play(
     score_from: int = 0,
     *,
     plans: bool = True,
+    split: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> Outcome:
-    """Play a trace with room for so many blocks in memory. plans False: fetch whatever is held.
+    """Play a trace with room for so many blocks in memory.
+
+    plans False: fetch whatever is held; split: compute the head of a prompt while its tail is
+    fetched, where that is sooner.
 
     `progress` is told how many requests are done. Raises TraceError for no room.
     """
     if blocks < 1 or any(each.blocks < 1 for each in below):
         raise TraceError("capacity: expected room for at least one block in memory and each tier")
-    node = _Node(trace, policy, blocks, below, model, plans)
+    node = _Node(trace, policy, blocks, below, model, plans, split)
     total = _Total(len(below))
     for request in range(trace.requests):
         node.request(request, total if request >= score_from else _Total(len(below)))
@@ -102,7 +106,9 @@ class _Node:
         below: Sequence[Below],
         model: Model,
         plans: bool,
+        split: bool,
     ) -> None:
+        self._split = split
         self._trace = trace
         self._model = model
         self._who = (model.name, b"")
@@ -124,9 +130,13 @@ class _Node:
         first, stop = 0, len(homes)
         if self._plans and stop:
             sizes = np.full(stop, self._block_bytes, dtype=np.int64)
-            plan = self._costs.plan(self._who, homes, sizes, tokens, 0, False)
+            plan = self._costs.plan(self._who, homes, sizes, tokens, 0, self._split)
             first, stop = plan.first, plan.stop
         taken = self._fetch(homes[first:stop])
+        head = 0.0
+        if first:
+            head = self._model.seconds(0, first * tokens) + CALL_S
+            self._costs.computed(self._who, 0, first * tokens, head)
         if stop < len(path):
             spent = self._model.seconds(stop * tokens, len(path) * tokens) + CALL_S
             self._costs.computed(self._who, stop * tokens, (len(path) - stop) * tokens, spent)
@@ -135,7 +145,7 @@ class _Node:
             total.tiers[tier] += int((homes == tier).sum())
         total.fetched += stop - first
         total.prefill_s += self._model.seconds(0, len(path) * tokens)
-        total.saved_s += self._model.seconds(first * tokens, stop * tokens) - taken
+        total.saved_s += self._model.seconds(0, stop * tokens) - max(head, taken)
         self._memory.put(path[:count], path[count:], prints[count:], count, about, now, _ignore)
         self._keep(path, prints, about, now)
 

@@ -70,6 +70,13 @@ def test_plans_save_no_less_than_always_fetching(place):
     assert better or place in ("dram", "nvme", "25gbe")
 
 
+def test_a_head_that_is_computed_meanwhile_saves_more():
+    below = [Below(PLACES["25gbe"], ALL)]
+    found = [play(TRACE, LRU(), 2, below, MODEL, split=split) for split in (False, True)]
+    assert found[1].saved_s > found[0].saved_s
+    assert found[1].fetched < found[0].fetched and found[1].tier_hits == found[0].tier_hits
+
+
 def test_no_room_is_said():
     for blocks, below in ((0, []), (5, [Below(PLACES["s3"], 0)])):
         with pytest.raises(TraceError, match="room for at least one block"):
