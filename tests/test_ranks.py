@@ -18,10 +18,20 @@ RANK = """
 import os, sys
 import rig, kvengine
 from test_ranks import OF, BLOCKS, POOL, WHERE
-url, first, last, fill, dies = sys.argv[1:]
-if dies == "yes":
-    from kvengine.peer.proxy import Proxy
+from kvengine.peer.proxy import Proxy
+url, first, last, fill, how = sys.argv[1:]
+commit = Proxy.commit
+def late(self, made, good=None):
+    print("late", flush=True)
+    sys.stdin.readline()
+    for slot in made.slots.tolist():  # it has not heard that its time is over
+        room = self.arena.view(slot, 4 * 8192)
+        room[int(first) * 8192 : int(last) * 8192] = bytes(8192 * (int(last) - int(first)))
+    return commit(self, made, good)
+if how == "dies":
     Proxy.commit = lambda *_: os.kill(os.getpid(), 9)
+elif how == "late":
+    Proxy.commit = late
 heads = int(first), int(last)
 with kvengine.open(url) as engine:
     keys = rig.names(engine, OF).part(heads=heads).keys(rig.prompt(BLOCKS, OF))
@@ -55,10 +65,11 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
 class Ranks:
     """Processes with a range of heads each, one step at a time."""
 
-    def __init__(self, url: str, heads: Sequence[tuple[int, int]], fill: str, dies: int = -1):
+    def __init__(self, url: str, heads: Sequence[tuple[int, int]], fill: str, **how: int) -> None:
+        """how: dies=RANK, or late=RANK."""
+        ways = {rank: way for way, rank in how.items()}
         self.each: list[Popen[str]] = [
-            rig.start(RANK, url, *mine, fill, "yes" if rank == dies else "no")
-            for rank, mine in enumerate(heads)
+            rig.start(RANK, url, *mine, fill, ways.get(rank, "")) for rank, mine in enumerate(heads)
         ]
         for rank in range(len(heads)):
             self.expect(rank, "ready")
@@ -131,6 +142,33 @@ def test_a_rank_that_is_killed_leaves_a_miss_and_nothing_else(daemon):
             # Another request fills them: a client a rank.
             save(daemon.url, [(heads, b"request 2", 1) for heads in split(4)])
             assert rig.check_right(engine, keys, placed()).all()
+
+
+def test_a_rank_that_comes_late_writes_over_nothing(tmp_path):
+    """Its block is void, another request's is there; what it writes then is seen by nobody."""
+    daemon = Daemon(tmp_path, "mem://?size=4M&reservation_s=0.2")
+    with Ranks(daemon.url, split(2), "request 1", late=1) as savers:
+        for process in savers.each:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        savers.expect(0, "saved")
+        savers.expect(1, "late")
+        with kvengine.open(daemon.url) as engine:
+            keys = rig.names(engine, OF).keys(rig.prompt(BLOCKS, OF))
+
+            def saved() -> bool:
+                save(daemon.url, [(heads, b"request 2", 1) for heads in split(2)])
+                return engine.probe(keys) == BLOCKS
+
+            assert rig.poll(saved)
+            assert engine.stats()["quarantined_blocks"] == BLOCKS
+            assert rig.check_right(engine, keys, placed()).all()
+            savers.each[1].stdin.write("\n")
+            savers.each[1].stdin.flush()
+            savers.expect(1, "saved")
+            assert rig.poll(lambda: engine.stats()["quarantined_blocks"] == 0)
+            assert rig.check_right(engine, keys, placed()).all()
+    assert daemon.stop() == 0
 
 
 def test_parts_of_two_fills_are_a_miss(daemon):
