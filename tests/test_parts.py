@@ -79,10 +79,13 @@ def check_loaded(engine: Engine, names, tokens, whole, view: dict) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("place", ["memory", "disk"])
-def test_four_ranks_save_and_ranks_of_any_degree_load(name, place, tmp_path):
+@pytest.mark.parametrize("place", ["memory", "disk", "sealed"])
+def test_four_ranks_save_and_ranks_of_any_degree_load(name, place, tmp_path, require):
     of = CASES[name]
-    url = "mem://?size=16M" + (f" | file://{tmp_path}?size=64M" if place == "disk" else "")
+    if place == "sealed":
+        require("cryptography")
+    url = "mem://?size=16M" + (f" | file://{tmp_path}?size=64M" if place != "memory" else "")
+    url += "&encrypt=1" if place == "sealed" else ""
     whole = rig.caches(of, POOL, 1)
     tokens = rig.prompt(BLOCKS, of)
     with kvengine.open(url) as engine:
@@ -90,7 +93,7 @@ def test_four_ranks_save_and_ranks_of_any_degree_load(name, place, tmp_path):
         transfers = save_as_ranks(engine, names, tokens, whole, ranks(of, RANKS))
         assert any(each.good.all() for each in transfers), "the last one sees all blocks"
         assert engine.probe(names.keys(tokens)) == BLOCKS
-        if place == "disk":
+        if place != "memory":
             assert engine.flush() and engine.squeeze(0) > 0
             assert engine.stats()["memory_blocks"] == 0
         for degree in (4, 2, 1):
@@ -98,7 +101,7 @@ def test_four_ranks_save_and_ranks_of_any_degree_load(name, place, tmp_path):
                 check_loaded(engine, names, tokens, whole, view)
         check_loaded(engine, names, tokens, whole, {"layers": (0, of.layers)})
         engine.check()
-    if place == "disk":  # the next process reads what this one has written
+    if place != "memory":  # the next process reads what this one has written
         with kvengine.open(url) as engine:
             names = rig.names(engine, of)
             check_loaded(engine, names, tokens, whole, {})
