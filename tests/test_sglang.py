@@ -22,9 +22,11 @@ CHECKS = (
     "bytes_move_once_each_way",
     "pages_through_tensors",
     "parts_are_shared_by_parallel_degrees",
+    "processes_of_a_host_share_a_daemon",
     "latents_have_one_writer",
     "several_pools_at_once",
     "faults_are_misses",
+    "planted_exceptions_are_misses",
     "what_cannot_be_told_apart_is_refused",
     "facts_change_the_names",
 )

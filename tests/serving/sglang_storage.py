@@ -7,6 +7,7 @@ Run by tests/test_sglang.py. The last line of the output is `RESULT {name: "good
 
 import json
 import shutil
+import subprocess
 import sys
 import tempfile
 import traceback
@@ -46,6 +47,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 from kvengine.adapters import sglang as adapter  # noqa: E402
+from kvengine.adapters.guard import Guard  # noqa: E402
 from kvengine.adapters.sglang_identity import describe  # noqa: E402
 from kvengine.adapters.sglang_pools import parts_of, place_of  # noqa: E402
 from kvengine.errors import ConfigError, LayoutError, ModelNotSupported  # noqa: E402
@@ -376,6 +378,50 @@ def half_of(pool: Any, rank: int) -> torch.Tensor:
     return pool.kv_buffer[:, :, :, rank : rank + 1].transpose(1, 2)
 
 
+@contextmanager
+def daemon() -> Iterator[str]:
+    """`kvengine serve` as a process of its own; gives the URL that clients open."""
+    folder = Path(tempfile.mkdtemp())
+    socket = folder / "kv.sock"
+    command = [sys.executable, "-m", "kvengine.cli", "serve", "mem://?size=32M"]
+    process = subprocess.Popen([*command, "--socket", str(socket)], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout.readline().startswith(b"serving")
+        yield f"unix://{socket}?timeout_s=20"
+    finally:
+        process.terminate()
+        process.communicate(timeout=30)
+        shutil.rmtree(folder)
+
+
+def processes_of_a_host_share_a_daemon() -> None:
+    """Each has an engine of its own over one memory: latents have one writer, heads a part each."""
+    with daemon() as url:
+        first, second = latent_of("page_first"), latent_of("layer_first")
+        taken, given = first.alloc(PAGES * PAGE), second.alloc(PAGES * PAGE)
+        with (
+            storage_of(first, latent=True, rank=0, size=2, url=url) as writer,
+            storage_of(second, latent=True, rank=1, size=2, url=url) as reader,
+        ):
+            assert reader.batch_set_v1(KEYS, given) == [True] * PAGES
+            assert reader.batch_exists(KEYS) == 0
+            assert all(writer.batch_set_v1(KEYS, taken))
+            assert reader.batch_exists(KEYS) == PAGES
+            assert all(reader.batch_get_v1(KEYS, given))
+            assert same(first, taken, second, given)
+        whole, halves = pool_of("page_first"), [pool_of("page_head", heads=1) for _ in range(2)]
+        taken = whole.alloc(PAGES * PAGE)
+        with storage_of(whole, url=url, head_group=1) as storage:
+            assert all(storage.batch_set_v1(KEYS, taken))
+        for rank, half in enumerate(halves):
+            given = half.alloc(PAGES * PAGE)
+            with storage_of(half, rank=rank, size=2, url=url, head_group=1) as storage:
+                assert all(storage.batch_get_v1(KEYS, given))
+            expected = half_of(whole, rank)[:, :, taken]
+            found = half.kv_buffer.permute(0, 4, 1, 3, 2, 5).flatten(2, 3)[:, :, given]
+            assert torch.equal(found, expected)
+
+
 def latents_have_one_writer() -> None:
     pool = latent_of("page_first")
     with storage_of(pool, latent=True, rank=1, size=2) as storage:
@@ -451,6 +497,50 @@ def faults_are_misses() -> None:
     assert made.batch_get_v1(KEYS, taken) == [False] * PAGES
 
 
+def planted_exceptions_are_misses() -> None:
+    """Whatever the engine raises, SGLang hears of a miss; and after a pause of a page again."""
+    pool = pool_of("page_first")
+    with storage_of(pool) as storage:
+        storage.register_mem_host_pool_v2(pool, "swa")
+        taken = pool.alloc(PAGES * PAGE)
+        assert all(storage.batch_set_v1(KEYS, taken))
+        engine, now = storage.engine, [0.0]
+        swa = [PoolTransfer("swa", taken, keys=KEYS)]
+        calls = (
+            (("probe",), lambda: storage.batch_exists(KEYS), 0),
+            (("probe",), lambda: storage.exists(KEYS[0]), False),
+            (("match", "load"), lambda: storage.batch_get_v1(KEYS, taken), [False] * PAGES),
+            (("save",), lambda: storage.batch_set_v1(KEYS, taken), [False] * PAGES),
+            (("probe", "contains"), lambda: storage.batch_exists_v2(KEYS, swa).kv_hit_pages, 0),
+            (("match", "load"), lambda: storage.batch_get_v2(swa), {"swa": [False] * PAGES}),
+            (("save",), lambda: storage.batch_set_v2(swa), {"swa": [False] * PAGES}),
+            (("cache", "match"), lambda: storage.get(KEYS[0], pool.get_data_page(0)), None),
+            (("cache", "save"), lambda: storage.set(KEYS[0], pool.get_data_page(0)), False),
+            (("drop_all",), storage.clear, None),
+        )
+        for verbs, call, miss in calls:
+            for verb in verbs:
+                if verb == "load" and miss != [False] * PAGES:
+                    continue  # nothing of that pool is held, so nothing is loaded
+                storage._guard = Guard(engine, "sglang", lambda: now[0])
+                whole = getattr(engine, verb)
+                before = engine.metrics.get("adapter_errors", adapter="sglang")
+                for error in (MemoryError("planted"), KeyError("planted")):
+                    setattr(engine, verb, fail_with(error))
+                    assert call() == miss, (verb, call())
+                setattr(engine, verb, whole)
+                assert engine.metrics.get("adapter_errors", adapter="sglang") == before + 2
+        assert storage.batch_exists(KEYS) == PAGES
+        engine.metrics = type(engine.metrics)()  # those were planted
+
+
+def fail_with(error: Exception) -> Callable[..., None]:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail
+
+
 def what_cannot_be_told_apart_is_refused() -> None:
     def refused(error: type[Exception], says: str, verb: Callable[[], object]) -> None:
         try:
@@ -505,9 +595,11 @@ CHECKS: tuple[Callable[[], None], ...] = (
     bytes_move_once_each_way,
     pages_through_tensors,
     parts_are_shared_by_parallel_degrees,
+    processes_of_a_host_share_a_daemon,
     latents_have_one_writer,
     several_pools_at_once,
     faults_are_misses,
+    planted_exceptions_are_misses,
     what_cannot_be_told_apart_is_refused,
     facts_change_the_names,
 )
