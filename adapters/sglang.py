@@ -10,10 +10,10 @@
 More settings beside "url": "options" (a table, as `kvengine.open` takes it), "revision" (a name of
 weights that are no local files), "head_group" and "layer_partition" (the grid that servers of
 different parallel degrees cut pages along, so that they share them). Where a model has several
-processes, the URL is that of the host's daemon (`unix:///PATH/kv.sock`, see `kvengine serve`), which
-all of them share; or each has a directory of its own, `{rank}` in the URL standing for its place.
-MLA pages, equal in all processes, are written by one of them and read by all, which takes what they
-share: a daemon, or a store such as valkey://.
+processes, the URL is that of the host's daemon (`unix:///PATH/kv.sock`, see `kvengine serve`),
+which all of them share; or each has a directory of its own, `{rank}` in the URL standing for its
+place. MLA pages, equal in all processes, are written by one of them and read by all, which takes
+what they share: a daemon, or a store such as valkey://.
 
 SGLang names the pages and decides what to fetch; this file translates, and nothing else. Bytes move
 once each way, between the host pool's own pages and frames. A fault of ours is a counted miss.
