@@ -7,7 +7,7 @@ A paged cache and a contiguous sequence are the same thing here: block `b` of a 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,7 @@ class PagedCache:
 
         layout: that of the part, with the layers that are in `place`.
         """
+        layout = replace(layout, paged=self.layout.paged)
         if layout == self.layout and place.heads == (0, layout.kv_heads):
             return self
         found = self._parts.get(place)
