@@ -222,8 +222,8 @@ def test_a_cache_checked_once_serves_its_layout_only(engine):
 LAYOUTS = [
     ({"layer_parts": 3}, r"layer_parts must divide Layout.layers \(2\), got 3"),
     ({"head_parts": 4}, r"head_parts must divide Layout.kv_heads \(2\), got 4"),
-    ({"attention": "sliding"}, "'sliding' is not supported yet, expected 'full'"),
-    ({"attention": "state"}, "'state' is not supported"),
+    ({"attention": "sliding"}, "window_tokens is 0 .*: with attention 'sliding' a window has"),
+    ({"attention": "local"}, "'full', 'sliding' or 'state', got 'local'"),
     ({"dtype": "float8"}, "'float8' is not one of .*float8_e4m3fn"),
     ({"order": "DHN"}, "'NHD' or 'HND', got 'DHN'"),
     ({"layers": 0}, "Layout.layers must be a whole number of at least 1, got 0"),
