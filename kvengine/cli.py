@@ -352,17 +352,27 @@ def record(
     to: Annotated[Path, Parameter(help="The trace to write: JSON lines of hashes and times.")],
     /,
     *command: Annotated[str, Parameter(help="A program and its arguments, after --.")],
+    vllm: Annotated[
+        str | None, Parameter(help="Listen to the KV events of a vLLM: tcp://127.0.0.1:5557.")
+    ] = None,
+    seconds: Annotated[float | None, Parameter(help="Listen for so long; till ^C if none.")] = None,
 ) -> int:
     """Run a program whose engines write down what they are asked for, as the setting record says.
 
     As in: kvengine trace record asked.jsonl -- kvengine serve ... The exit status is the program's.
+    Or, with --vllm, listen to what another cache stores.
     """
     import subprocess
 
+    from kvengine import events
     from kvengine.config import child_environment
 
-    if not command:
-        raise ConfigError("trace record: no program is given: name one after --")
+    if bool(command) == (vllm is not None):
+        raise ConfigError("trace record: name a program after --, or an endpoint with --vllm")
+    if vllm is not None:
+        heard = events.listen(vllm, to, seconds)
+        print(f"{to}: {heard.batches} batches, {heard.blocks} blocks, {heard.missed} missed")
+        return 0
     environ = child_environment() | {"KVENGINE_RECORD": str(to.absolute())}
     try:
         return subprocess.call(command, env=environ)

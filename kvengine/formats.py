@@ -11,10 +11,10 @@ A file is told by what is in it:
   `engine.record` writes), Qwen-Bailian's (`chat_id`, `timestamp` in s, `hash_ids` of 16 tokens),
   LMCache's log of look-ups (`lookup_hashes_*.jsonl`: `timestamp` in s, `chunk_size`,
   `chunk_hashes`).
-- JSON lines of vLLM's KV events, one batch each, as a subscriber of its ZeroMQ topic gets them (an
-  object with `ts` and `events`, or the arrays of versions before). Events tell of blocks stored
-  alone: what continues a block stored less than JOIN_S ago is the same request, all else is a new
-  one, of the path from its root.
+- JSON lines of vLLM's KV events, one batch each, as `kvengine.events` or another subscriber of its
+  ZeroMQ topic writes them (an object with `ts` and `events`, or the arrays of versions before).
+  Events tell of blocks stored alone: what continues a block stored less than JOIN_S ago is the same
+  request, all else is a new one, of the path from its root.
 - LMCache's storage trace (`.lct`: frames of msgpack behind their lengths): each look-up is a
   request; the size of a chunk stands nowhere, so it is 256 tokens unless it is given.
 - kv-cache-tester's sessions (a `.json` file each, or a folder of them): hashes are a session's own,
@@ -256,7 +256,6 @@ def _read_lookups(path: Path, lines: Iterable[tuple[str, bytes]]) -> Trace:
 class _Stored(msgspec.Struct, tag="BlockStored"):
     block_hashes: list[int | str]
     parent_block_hash: int | str | None
-    token_ids: list[int]
     block_size: int
     medium: str | None = None
     group_idx: int | None = None

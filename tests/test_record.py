@@ -1,13 +1,17 @@
 """A recording is a trace of what was asked for, within its bytes."""
 
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
+import zmq
 
 import kvengine
 import rig
-from kvengine import cli, formats
+from kvengine import cli, events, formats
 from kvengine.errors import ConfigError
 from kvengine.policy import Request
 
@@ -75,6 +79,64 @@ def test_a_program_is_recorded(tmp_path: Path, monkeypatch, capfd):
     assert cli.run(command) == 7
     assert formats.read(path, OF.block_tokens).unique == 3
     assert cli.run(["trace", "record", str(path)]) == cli.BAD_INPUT
-    assert "no program is given" in capfd.readouterr().err
+    assert "name a program after --, or an endpoint" in capfd.readouterr().err
     assert cli.run(["trace", "record", str(path), "--", "no-such-program"]) == cli.BAD_INPUT
     assert "no-such-program: cannot be run" in capfd.readouterr().err
+
+
+# What vLLM publishes
+
+
+@pytest.fixture
+def publisher() -> Iterator[tuple[zmq.Socket, str]]:
+    context = zmq.Context()
+    socket = context.socket(zmq.PUB)
+    port = socket.bind_to_random_port("tcp://127.0.0.1")
+    yield socket, f"tcp://127.0.0.1:{port}"
+    context.destroy(linger=0)
+
+
+def publish(socket: zmq.Socket, number: int, payload: object) -> None:
+    packed = payload if isinstance(payload, bytes) else msgspec.msgpack.encode(payload)
+    socket.send_multipart([b"topic", number.to_bytes(8, "big"), packed])
+
+
+def stored(hashes: list[bytes], parent: bytes | None, **more: object) -> dict[str, object]:
+    fields = {"type": "BlockStored", "block_hashes": hashes, "parent_block_hash": parent}
+    return fields | {"token_ids": [1, 2, 3], "block_size": 16, "medium": "GPU"} | more
+
+
+def test_events_of_vllm_are_written_without_tokens(publisher, tmp_path):
+    """Maps and arrays; what is none, and what does not arrive, is counted."""
+    socket, endpoint = publisher
+    path = tmp_path / "events.jsonl"
+    found: list[events.Heard] = []
+    thread = threading.Thread(target=lambda: found.append(events.listen(endpoint, path, 3.0)))
+    thread.start()
+    empty = {"ts": 0.5, "events": [], "data_parallel_rank": 0}
+    assert rig.poll(lambda: publish(socket, 0, empty) or path.exists() and path.stat().st_size)
+    publish(socket, 1, {"ts": 1.0, "events": [stored([b"a", b"b"], None, extra_keys=[["salt"]])]})
+    publish(socket, 2, b"nonsense")
+    publish(socket, 3, {"ts": 2.0, "events": [{"type": "BlockRemoved", "block_hashes": [b"a"]}]})
+    publish(socket, 9, [9.0, [["BlockStored", [7], b"b", [4], 16, None, "GPU"]], 0])
+    thread.join(rig.WAIT_S)
+    (heard,) = found
+    assert (heard.blocks, heard.malformed, heard.missed) == (3, 1, 5)
+    text = path.read_text()
+    assert "token_ids" not in text and "salt" not in text and path.stat().st_mode & 0o777 == 0o600
+    trace = formats.read(path)
+    assert [trace.path(request).tolist() for request in range(2)] == [[0, 1], [0, 1, 2]]
+
+
+def test_listening_by_command(publisher, tmp_path, capsys):
+    _, endpoint = publisher
+    command = ["trace", "record", str(tmp_path / "a.jsonl"), "--vllm", endpoint, "--seconds", "0.3"]
+    assert cli.run(command) == 0
+    assert "0 batches, 0 blocks, 0 missed" in capsys.readouterr().out
+    assert cli.run([*command, "--", "a program"]) == cli.BAD_INPUT
+    for wrong, says in (
+        ({"endpoint": "nowhere"}, "expected where vLLM publishes"),
+        ({"to": tmp_path / "no" / "a.jsonl"}, "cannot be written"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            events.listen(**({"endpoint": endpoint, "to": tmp_path / "a", "seconds": 0.1} | wrong))

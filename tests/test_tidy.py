@@ -82,7 +82,7 @@ LAYERS = (
     ("store", "peer.tier", "peer.channel"),
     ("blocks", "peer.service"),
     ("trace", "plan", "pins", "record", "load", "save", "writer", "arrays", "peer.proxy"),
-    ("formats", "tiered"),
+    ("events", "formats", "tiered"),
     ("curves",),
     ("prefetch",),
     ("engine", "peer.client"),
