@@ -14,11 +14,11 @@ from typing import Any
 from blake3 import blake3
 from vllm.v1.kv_cache_interface import FullAttentionSpec, SlidingWindowSpec, iter_layer_specs
 
+from kvengine.adapters.checkpoint import files_revision
 from kvengine.errors import ConfigError, ModelNotSupported
 
 HASHES = ("sha256", "sha256_cbor")
 PLACES = ("_name_or_path", "name_or_path", "transformers_version")
-SMALL_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,9 +101,7 @@ def settings(model: Any) -> str:
 def weights_revision(model: Any) -> str:
     """Name the weights: the hub's commit, or a fingerprint of the local files.
 
-    The fingerprint covers names, sizes and times, and the bytes of small files: a copy with other
-    times is another revision (a cold start, never a wrong byte). The extra setting "revision" says
-    that weights on several hosts are equal.
+    The extra setting "revision" says that weights on several hosts are equal.
     """
     commit = getattr(model.hf_config, "_commit_hash", None)
     if commit:
@@ -114,15 +112,7 @@ def weights_revision(model: Any) -> str:
             f"the weights of {model.model!r} have no commit, and are no local files: set "
             "'revision' in kv_connector_extra_config to a name that changes with the weights"
         )
-    digest = blake3()
-    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
-        if file.is_file():
-            stat = file.stat()
-            name = file.relative_to(place if place.is_dir() else place.parent)
-            digest.update(f"{name}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode())
-            if stat.st_size <= SMALL_BYTES:
-                digest.update(file.read_bytes())
-    return f"files:{digest.hexdigest()}"
+    return files_revision(place)
 
 
 def hash_seed() -> str:

@@ -87,8 +87,9 @@ LAYERS = (
     ("prefetch",),
     ("engine", "peer.client"),
     ("",),
+    ("adapters.checkpoint",),
     ("replay", "server", "web", "adapters.torch", "adapters.jax", "adapters.vllm_identity"),
-    ("adapters.checkpoint", "adapters.guard", "adapters.sglang_pools"),
+    ("adapters.guard", "adapters.sglang_pools"),
     (
         "adapters.transformers_identity",
         "adapters.sglang_identity",
