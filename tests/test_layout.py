@@ -129,6 +129,51 @@ def test_item_sizes_are_those_of_the_dtypes(require):
         assert np.dtype(getattr(np, name, None) or getattr(ml_dtypes, name)).itemsize == size
 
 
+@given(st.data())
+def test_places_tile_a_view(data):
+    """Each layer and head of a view stands in one place, where it is in its part."""
+    parts = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    of = Layout(
+        **(GOOD | {"layers": parts[0] * data.draw(st.integers(1, 3))})
+        | {"kv_heads": parts[1] * data.draw(st.integers(1, 3))},
+        layer_parts=parts[0],
+        head_parts=parts[1],
+    )
+    assert len(of.parts) == of.part_count and of.part_layout.payload_bytes * of.part_count == (
+        of.payload_bytes
+    )
+    first, last = sorted(data.draw(st.sets(st.integers(0, of.layers), min_size=2, max_size=2)))
+    low, high = sorted(data.draw(st.sets(st.integers(0, of.kv_heads), min_size=2, max_size=2)))
+    view = of.view((first, last), (low, high))
+    assert (view.layout.layers, view.layout.kv_heads) == (last - first, high - low)
+    seen = np.zeros((last - first, high - low), int)
+    whole = True
+    for number, mine, layers, heads in view.places:
+        part = of.parts[number]
+        assert (part.layer + layers[0], part.layer + layers[1]) == (
+            first + mine.layer,
+            first + mine.layer_end,
+        )
+        assert (part.head + heads[0], part.head + heads[1]) == (
+            low + mine.head,
+            low + mine.head_end,
+        )
+        assert part.layer_end >= part.layer + layers[1] and part.head_end >= part.head + heads[1]
+        seen[mine.layer : mine.layer_end, mine.head : mine.head_end] += 1
+        whole &= (layers, heads) == (
+            (0, of.part_layout.layers),
+            (0, of.part_layout.kv_heads),
+        )
+    assert (seen == 1).all()
+    assert view.mask == (sum(1 << place.number for place in view.places) if whole else 0)
+    assert len(view.places) % view.lanes == 0
+    assert (
+        of.view((0, of.layers), (0, of.kv_heads)).mask
+        == of.view().mask
+        == ((1 << of.part_count) - 1)
+    )
+
+
 @given(layouts, layouts)
 def test_digests_are_equal_only_for_equal_frames(one, two):
     same = dataclasses.replace(one, paged=True) == dataclasses.replace(two, paged=True)
