@@ -2,15 +2,17 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 import kvengine
 import rig
-from kvengine import Engine, Layout, LayoutError
+from kvengine import Engine, FrameError, Layout, LayoutError
 from kvengine.frame import frame_bytes
 from kvengine.layout import PARTS_MAX
+from kvengine.tiers import Span, verify
 
 RANKS, BLOCKS, POOL = 4, 5, 8
 WHERE = [7, 0, 3, 6, 2]
@@ -49,13 +51,13 @@ def ranges(of: Layout, view: dict) -> tuple[tuple[int, int], tuple[int, int]]:
     return view.get("layers", (0, of.layers)), view.get("heads", (0, of.kv_heads))
 
 
-def save_as_ranks(engine: Engine, names, tokens, whole, views, fill=b"request 1"):
+def save_as_ranks(engine: Engine, names, tokens, whole, views, fill=b"request 1", table=WHERE):
     """All ranks at once, a thread each. Returns their transfers."""
     of = names.layout
 
     def run(view: dict):
         own = rig.cut(of, whole, *ranges(of, view))
-        return rig.save(engine, names.part(**view).keys(tokens), own, WHERE, fill=fill)
+        return rig.save(engine, names.part(**view).keys(tokens), own, table, fill=fill)
 
     with ThreadPoolExecutor(len(views)) as pool:
         return list(pool.map(run, views))
@@ -283,6 +285,41 @@ def test_a_part_whose_bytes_change_takes_its_block_with_it():
         loaded = rig.load(engine, target, rig.caches(target.namespace.view.layout, BLOCKS))
         assert loaded.good.tolist() == [True, False, True, True, True]
         assert engine.probe(keys) == 1 and engine.metrics.get("corrupt_blocks") == 1
+
+
+def test_a_block_of_parts_is_verified_to_its_last_byte():
+    """As tiers do it: frames of one block and one fill, zeros between them, nothing after them."""
+    of = layout(kv_heads=8, head_dim=20, head_dim_v=40, dtype="float16")
+    tokens = rig.prompt(1, of)
+    with kvengine.open("mem://?size=16M") as engine:
+        names = rig.names(engine, of)
+        save_as_ranks(engine, names, tokens, rig.caches(of, POOL, 1), ranks(of, RANKS), table=[3])
+        form, key = engine._store.forms(names).usual, names.keys(tokens)
+        assert form.step > form.template.frame_bytes and len(form.templates) == RANKS
+        with engine.match(key) as lease:
+            slot = int(engine._store.slots(lease.ids)[0])
+            room = bytearray(engine._store.arena.view(slot, form.nbytes))
+    span = Span(key.key(0), memoryview(room), form.nbytes)
+    verify(span)
+    edges = [part * form.step + at for part in range(1, RANKS) for at in (-1, 0, 1)]
+    for at in [*edges, 0, form.nbytes - 1, *np.random.default_rng(1).integers(0, len(room), 200)]:
+        room[at] ^= 1
+        with pytest.raises(FrameError):
+            verify(span)
+        room[at] ^= 1
+    for nbytes in (form.template.frame_bytes + 1, form.step, form.step + 100, form.nbytes - 1):
+        with pytest.raises(FrameError):
+            verify(replace(span, nbytes=nbytes))
+    longer = bytearray(form.nbytes + form.step)
+    longer[: form.nbytes] = room
+    with pytest.raises(FrameError):
+        verify(Span(key.key(0), memoryview(longer), len(longer)))
+    one, two = (slice(at * form.step, at * form.step + form.template.frame_bytes) for at in (1, 2))
+    room[one], room[two] = room[two], room[one]
+    good, _ = form.read(
+        lambda slot, nbytes: memoryview(room)[:nbytes], [0], [key.key(0)], of.view()
+    )
+    assert not good.any(), "parts have changed places"
 
 
 def test_headers_of_two_fills_in_one_slot_are_not_read():
