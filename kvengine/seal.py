@@ -222,8 +222,8 @@ class Sealer:
 
     def _take(self, nbytes: int) -> memoryview:
         size = pages(nbytes + TAG_BYTES)
-        for index, room in enumerate(self._rooms):
-            if len(room) == size:
+        for index in reversed(range(len(self._rooms))):  # the last given back is warm
+            if len(self._rooms[index]) == size:
                 return self._rooms.pop(index)
         return memoryview(mmap.mmap(-1, size))
 

@@ -25,6 +25,7 @@ def test_rows_of_the_disk(bench, monkeypatch, tmp_path):
     for case in ("disk durable write 2MiB", "disk cold read 2MiB"):
         assert {m for c, m in rows if c == case} >= {"share_of_raw", "speed", "cpu"}
         assert rows[case, "share_of_raw"].n == 9 and rows[case, "share_of_raw"].matches_reference
+        assert rows[f"{case} sealed", "share_of_plain"].matches_reference
     assert rows["disk recover 1M slots", "s"].matches_reference
     assert rows["disk recover 1M slots", "slots"].value == 2000
     twice = rows["cyclic scan 2x memory", "bytes_written_twice"]

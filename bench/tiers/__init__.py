@@ -6,10 +6,32 @@ ours and the bare device or client in turns, with the same bytes and the same nu
 
 import argparse
 import importlib
+import os
 
 from bench.runner import Row
+from kvengine.seal import Sealer
 
 NAMES = ("disk", "valkey", "s3")
+
+
+class DataKey:
+    """One data key, as a tenant has it."""
+
+    def __init__(self) -> None:
+        self.key = os.urandom(32)
+
+    def sealing(self, identity: bytes) -> tuple[int, bytes]:
+        """Return its number and itself."""
+        return 1, self.key
+
+    def opening(self, key_id: int, identity: bytes) -> bytes | None:
+        """Return it."""
+        return self.key if key_id == 1 else None
+
+
+def sealer() -> Sealer:
+    """Return what seals for one tier, with a key of its own."""
+    return Sealer(DataKey())
 
 
 def chosen(text: str) -> list[str]:

@@ -19,11 +19,13 @@ import numpy as np
 import kvengine
 from bench import runner
 from bench.runner import ROUNDS_MIN, Row, Spread, interleave, share, spread
+from bench.tiers import sealer
 from kvengine import frame
 from kvengine.arena import Arena
 from kvengine.layout import Layout
 from kvengine.metrics import Metrics
 from kvengine.policy.lru import LRU
+from kvengine.seal import Sealer
 from kvengine.store import Store
 from kvengine.tiers import Span
 from kvengine.tiers.disk import DiskTier
@@ -52,6 +54,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory(dir=Path.cwd(), prefix=".bench-") as folder:
         return [
             *transfers(Path(folder), options.rounds),
+            *sealed(Path(folder), options.rounds),
             *recovery(Path(folder) / "large"),
             *cyclic_scan(Path(folder) / "scan"),
             *first_layer(Path(folder) / "layers", options.rounds),
@@ -142,8 +145,8 @@ class Raw:
 class Ours:
     """The tier in its durable mode, as the engine opens it."""
 
-    def __init__(self, path: Path, frames: Frames) -> None:
-        self.path, self.frames = path, frames
+    def __init__(self, path: Path, frames: Frames, seal: Sealer | None = None) -> None:
+        self.path, self.frames, self.seal = path, frames, seal
         self.tier: DiskTier | None = None
         self.keys: list[bytes] = []
         self.good = True
@@ -155,7 +158,13 @@ class Ours:
         self.keys = self.frames.name()
         size = 4 * self.frames.count * self.frames.room
         self.tier = DiskTier(
-            self.path, size, Metrics(), lambda keys: None, threads=THREADS, durable=True
+            self.path,
+            size,
+            Metrics(),
+            lambda keys: None,
+            threads=THREADS,
+            durable=True,
+            seal=self.seal,
         )
         return self.tier
 
@@ -265,6 +274,43 @@ def transfers(folder: Path, rounds: int) -> list[Row]:
         found = Spread(value, value, value, len(ordered))
         rows.append(row("disk cold read 2MiB", name, "ms", found, matches=ours.good))
     return rows
+
+
+def sealed(folder: Path, rounds: int) -> list[Row]:
+    """Write and read the same frames in turns, plain and encrypted."""
+    frames = Frames(TABLE * TABLES)
+    both = {
+        "plain": Ours(folder / "plain", frames),
+        "sealed": Ours(folder / "sealed", frames, sealer()),
+    }
+    order = list(range(frames.count))
+    random.Random(0).shuffle(order)
+    took = {
+        "durable write": interleave({n: each.write for n, each in both.items()}, rounds, warmup=1),
+        "cold read": interleave(
+            {name: partial(each.read, order) for name, each in both.items()}, rounds, warmup=1
+        ),
+    }
+    frames.target[:] = bytes(len(frames.target))
+    both["sealed"].read(order)
+    matches = all(each.good for each in both.values()) and all(
+        frames.view(frames.target, at)[PAGE : frames.frame_bytes]
+        == frames.view(frames.source, at)[PAGE : frames.frame_bytes]
+        for at in order
+    )
+    for each in both.values():
+        each.close()
+    return [
+        row(
+            f"disk {verb} 2MiB sealed",
+            "share_of_plain",
+            "ratio",
+            share(found["plain"], found["sealed"]),
+            1.0,
+            matches,
+        )
+        for verb, found in took.items()
+    ]
 
 
 class Sparse(OSFiles):

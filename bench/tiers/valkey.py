@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -23,9 +23,11 @@ import valkey
 
 from bench import runner
 from bench.runner import Row, interleave, share, spread
+from bench.tiers import sealer
 from bench.tiers.disk import Frames
 from kvengine.config import Valkey
 from kvengine.metrics import Metrics
+from kvengine.seal import Sealer
 from kvengine.tiers import Span
 from kvengine.tiers.remote import RemoteTier
 from kvengine.tiers.valkey import ValkeyClient
@@ -49,14 +51,8 @@ def run(options: argparse.Namespace) -> list[Row]:
     with server() as port, bare(port) as client:
         config = Valkey(host="127.0.0.1", port=port, timeout_s=TIMEOUT_S)
         metrics = Metrics()
-        tier = RemoteTier(
-            ValkeyClient(config),
-            metrics,
-            lambda keys: None,
-            prefix=PREFIX,
-            threads=config.connections,
-            timeout_s=TIMEOUT_S,
-        )
+        tier = tier_of(config, metrics)
+        sealed = tier_of(config, metrics, "sealed:", sealer())
         got: list[bytes] = []
 
         def bare_put() -> None:
@@ -75,30 +71,65 @@ def run(options: argparse.Namespace) -> list[Row]:
             put = interleave(
                 {
                     "bare": bare_put,
-                    "ours": lambda: move(
-                        tier.write, frames.spans(frames.source, keys, range(TABLE))
-                    ),
+                    "ours": lambda: moved(tier.write, frames, keys),
                 },
                 options.rounds,
             )
             get = interleave(
                 {
                     "bare": bare_get,
-                    "ours": lambda: move(
-                        tier.read, frames.spans(frames.target, keys, range(TABLE))
-                    ),
+                    "ours": lambda: moved(tier.read, frames, keys),
                 },
                 options.rounds,
             )
+            both = {
+                verb: interleave(
+                    {
+                        name: partial(moved, getattr(each, verb), frames, keys)
+                        for name, each in (("plain", tier), ("sealed", sealed))
+                    },
+                    options.rounds,
+                )
+                for verb in ("write", "read")
+            }
         finally:
             tier.close()
+            sealed.close()
         same = frames.target[:] == frames.source[:] and got == [bytes(s) for s in sources]
         same &= metrics.get("tier_failures") == metrics.get("corrupt_blocks") == 0
     nbytes = sum(len(source) for source in sources)
     return [
         *rows("valkey put 2MiB x16", put, nbytes, same),
         *rows("valkey get 2MiB x16", get, nbytes, same),
+        *(
+            row(f"valkey {verb} 2MiB x16 sealed", "share_of_plain", "ratio", found, 1.0, same)
+            for verb, found in (
+                ("put", share(both["write"]["plain"], both["write"]["sealed"])),
+                ("get", share(both["read"]["plain"], both["read"]["sealed"])),
+            )
+        ),
     ]
+
+
+def tier_of(
+    config: Valkey, metrics: Metrics, prefix: str = PREFIX, seal: Sealer | None = None
+) -> RemoteTier:
+    """Return the tier, as the engine opens it."""
+    return RemoteTier(
+        ValkeyClient(config),
+        metrics,
+        lambda keys: None,
+        prefix=prefix,
+        threads=config.connections,
+        timeout_s=TIMEOUT_S,
+        seal=seal,
+    )
+
+
+def moved(verb: Callable[..., None], frames: Frames, keys: Sequence[bytes]) -> None:
+    """Write all frames out of the source, or read them into the target."""
+    memory = frames.source if verb.__name__ == "write" else frames.target
+    move(verb, frames.spans(memory, keys, range(TABLE)))
 
 
 def bare(port: int) -> valkey.Valkey:
