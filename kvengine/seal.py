@@ -133,13 +133,23 @@ class Sealer:
             with self._lock:
                 self._give(room)
 
-    def open(self, sealed: memoryview, key: bytes, target: memoryview, nbytes: int) -> None:
+    def open(
+        self,
+        sealed: memoryview,
+        key: bytes,
+        target: memoryview,
+        nbytes: int,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> None:
         """Decrypt the block of `nbytes` under `key` into `target`. The caller verifies it as well.
 
-        `sealed` is written to, and is as before in the end. Where this raises, what stands in
-        target is nothing: FrameError, or UnknownKey where the data key is not held.
+        `start` and `stop` ask for some of it: no byte before `start` is written, a few after `stop`
+        may be; of `sealed` the header and the segments that `around` names are looked at, where
+        they stand in the whole. It is written to, and is as before in the end. Where this raises,
+        what stands in target is nothing: FrameError, or UnknownKey where the data key is not held.
         """
-        header = structure(sealed[: HEADER_BYTES + nbytes], key)
+        header = structure(sealed, key, nbytes)
         data_key = self._keys.opening(header.key_id, header.identity)
         if data_key is None:
             raise UnknownKey(
@@ -147,21 +157,29 @@ class Sealer:
             )
         cipher, bound = self._cipher(data_key, header.salt), _bound(sealed)
         tags = header.digests.astype("<u8").tobytes()
+        stop = nbytes if stop is None else stop
         for index, (at, size) in enumerate(header.segments.tolist()):
-            start, end = HEADER_BYTES + at, HEADER_BYTES + at + size
+            if at + size <= start or at >= stop:
+                continue
+            place, end = HEADER_BYTES + at, HEADER_BYTES + at + size
+            if end > len(sealed):
+                raise FrameError(f"a sealed frame cut short: {len(sealed)} bytes")
             tag = tags[TAG_BYTES * index : TAG_BYTES * (index + 1)]
             if end + TAG_BYTES <= len(sealed):
-                data, after = sealed[start : end + TAG_BYTES], bytes(sealed[end : end + TAG_BYTES])
+                data, after = sealed[place : end + TAG_BYTES], bytes(sealed[end : end + TAG_BYTES])
                 data[size:] = tag
             else:
-                data, after = memoryview(bytearray(sealed[start:end]) + tag), b""
+                data, after = memoryview(bytearray(sealed[place:end]) + tag), b""
+            plain = target[at : at + size] if at >= start else memoryview(bytearray(size))
             try:
-                cipher.decrypt_into(_nonce(index), data, bound, target[at : at + size])
+                cipher.decrypt_into(_nonce(index), data, bound, plain)
             except self._bad_tag:
                 raise FrameError(f"segment {index} is not as it was sealed") from None
             finally:
                 if after:
                     data[size:] = after
+            if at < start:
+                target[start : at + size] = plain[start - at :]
 
     # Inside
 
@@ -235,19 +253,32 @@ class Sealer:
 
 def cut(nbytes: int) -> NDArray[np.uint64]:
     """Return where a block's segments begin and their sizes: whole pages, but for the last."""
-    size = max(SEGMENT_BYTES, pages(-(-nbytes // SEGMENTS_MAX)))
+    size = _segment_bytes(nbytes)
     starts = np.arange(0, nbytes, size, dtype=np.uint64)
     sizes = np.minimum(np.uint64(size), np.uint64(nbytes) - starts)
     return np.stack([starts, sizes], axis=1)
 
 
-def structure(sealed: memoryview, key: bytes) -> Header:
-    """Check what can be seen of a sealed frame without its key. Raises FrameError."""
+def _segment_bytes(nbytes: int) -> int:
+    return max(SEGMENT_BYTES, pages(-(-nbytes // SEGMENTS_MAX)))
+
+
+def around(nbytes: int, start: int, stop: int) -> tuple[int, int]:
+    """Return the bytes of a block that the segments take which have any from `start` to `stop`."""
+    size = _segment_bytes(nbytes)
+    return start // size * size, min(nbytes, -(-stop // size) * size)
+
+
+def structure(sealed: memoryview, key: bytes, nbytes: int) -> Header:
+    """Check what can be seen of the frame of a block of `nbytes` without its key.
+
+    sealed: at least the header. Raises FrameError.
+    """
     header = frame.decode(sealed, frame.TAG_AES_256_GCM)
     if header.key != key:
         raise FrameError("a sealed frame of another block")
-    if header.nbytes != len(sealed):
-        raise FrameError(f"a sealed frame of {header.nbytes} bytes, expected {len(sealed)}")
+    if header.payload_bytes != nbytes:
+        raise FrameError(f"a sealed block of {header.payload_bytes} bytes, expected {nbytes}")
     if not np.array_equal(header.segments, cut(header.payload_bytes)):
         raise FrameError("a sealed frame with other segments")
     return header

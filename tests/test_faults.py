@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import faults
+import test_tiers
+from kvengine.seal import Sealer
 from simdisk import Faulty, SimDisk
 
 CHECKS = [
@@ -21,6 +23,22 @@ CHECKS = [
     faults.incarnations_rise,
     faults.one_owner,
 ]
+
+
+def test_a_sealed_tier_is_as_safe(require):
+    """Power loss, ends in the midst of writing, and calls that fail, over encrypted blocks."""
+    require("cryptography")
+    seal = Sealer(test_tiers.DataKeys())
+
+    def kind(*given, **named):
+        return faults.DiskTier(*given, seal=seal, **named)
+
+    for found in (
+        faults.power_loss(kind, 60),
+        faults.killed(kind, 6),
+        faults.io_faults(kind, step=25),
+    ):
+        assert found.well and found.acked, found.notes
 
 
 @pytest.mark.parametrize("durable", [True, False])

@@ -13,7 +13,7 @@ import rig
 import test_tiers
 from kvengine import frame
 from kvengine.errors import FrameError, UnknownKey
-from kvengine.seal import HEADER_BYTES, SEGMENT_BYTES, SEGMENTS_MAX, Sealer, cut, structure
+from kvengine.seal import HEADER_BYTES, SEGMENT_BYTES, SEGMENTS_MAX, Sealer, around, cut, structure
 from kvengine.tiers import Span, verify
 
 pytest.importorskip("cryptography")
@@ -76,10 +76,30 @@ def test_what_is_sealed_opens_to_the_same_bytes(sealer, of, slack):
     key, data = block(1, of)
     form = sealed(sealer, data)
     assert opened(sealer, form, key, len(data), slack) == data
-    header = structure(memoryview(form), key)
+    header = structure(memoryview(form), key, len(form) - PAGE)
     assert (header.key, header.identity) == (key, test_tiers.IDENTITY)
     payload = data[PAGE:]
     assert all(payload[at : at + 8] not in form for at in range(0, len(payload) - 8, 997))
+
+
+@given(st.data())
+def test_a_part_of_a_block_is_opened_by_itself(sealer, data):
+    """No byte before it is written; of the sealed form only the segments around it are needed."""
+    key, plain = block(30)
+    form = sealed(sealer, plain)
+    start = data.draw(st.integers(0, len(plain) // PAGE - 1)) * PAGE
+    stop = data.draw(st.integers(start + 1, len(plain)))
+    first, last = around(len(plain), start, stop)
+    room = memoryview(bytearray(b"\x5a" * len(form)))
+    room[:PAGE] = form[:PAGE]
+    room[PAGE + first : PAGE + last] = form[PAGE + first : PAGE + last]
+    target = memoryview(bytearray(b"\xa5" * len(plain)))
+    sealer.open(room, key, target, len(plain), start, stop)
+    assert target[:start] == b"\xa5" * start
+    assert target[start:stop] == plain[start:stop]
+    room[PAGE + data.draw(st.integers(first, last - 1))] ^= 1
+    with pytest.raises(FrameError, match="not as it was sealed"):
+        sealer.open(room, key, target, len(plain), start, stop)
 
 
 def test_a_block_of_several_frames(sealer):
@@ -176,9 +196,9 @@ def test_what_is_cut_short_or_longer_is_refused(sealer, size):
     size %= len(form)
     for changed in (form[:size], form + b"\0" * (1 + size % PAGE)):
         with pytest.raises(FrameError):
-            structure(memoryview(changed), key)
-        with pytest.raises(FrameError):
             opened(sealer, changed, key, max(1, len(changed) - HEADER_BYTES))
+    with pytest.raises(FrameError):
+        opened(sealer, form[:size], key, len(data))
 
 
 def segments_of(form: bytes) -> list[bytes]:
@@ -228,7 +248,7 @@ def test_who_expects_a_sealed_frame_takes_no_plain_one_nor_the_reverse(sealer):
     with pytest.raises(FrameError):
         verify(Span(key, memoryview(form), len(form)))
     with pytest.raises(FrameError):
-        structure(memoryview(data), key)
+        structure(memoryview(data), key, len(data) - PAGE)
 
 
 def test_keys_that_rotate_and_are_dropped():
@@ -238,11 +258,14 @@ def test_keys_that_rotate_and_are_dropped():
     old = sealed(sealer, data)
     keys.held[2] = os.urandom(32)
     new = sealed(sealer, data)
-    assert [structure(memoryview(form), key).key_id for form in (old, new)] == [1, 2]
+    assert [structure(memoryview(form), key, len(form) - PAGE).key_id for form in (old, new)] == [
+        1,
+        2,
+    ]
     assert opened(sealer, old, key, len(data)) == opened(sealer, new, key, len(data)) == data
     del keys.held[1]
     assert opened(sealer, new, key, len(data)) == data
-    with pytest.raises(UnknownKey, match="0x00000001, not held"):
+    with pytest.raises(UnknownKey, match="0x00000001, which is not held"):
         opened(sealer, old, key, len(data))
 
 
@@ -299,3 +322,18 @@ def test_a_block_that_is_none_leaves_nothing_behind(sealer):
     with pytest.raises(FrameError), sealer.sealed(room, 5000):
         pass
     assert not sealer._busy and np.frombuffer(room, np.uint8).sum() == 0
+
+
+@pytest.mark.parametrize("name", ["identity", "fill", "expires", "parent", "part", "tokens"])
+def test_without_what_is_bound_a_forger_would_pass(sealer, monkeypatch, name):
+    """It is the associated data that guards these fields: nothing else would notice."""
+    monkeypatch.setattr("kvengine.seal._bound", lambda sealed: b"")
+    key, data = block(3, test_tiers.SIZES[0])
+    form = bytearray(sealed(sealer, data))
+    form[FIELDS[name].start] ^= 1
+    forged = refitted(bytes(form[:PAGE])) + bytes(form[PAGE:])
+    sealer._keys.identity = forged[88:120]
+    try:
+        assert opened(sealer, forged, key, len(data)) == data
+    finally:
+        sealer._keys.identity = test_tiers.IDENTITY

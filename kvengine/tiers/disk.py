@@ -37,7 +37,7 @@ from kvengine.errors import (
 from kvengine.index import KeyTable, Words, grown
 from kvengine.keys import KEY_BYTES
 from kvengine.metrics import Metrics
-from kvengine.seal import HEADER_BYTES, Sealer
+from kvengine.seal import HEADER_BYTES, Sealer, around
 from kvengine.tiers import Dropped, Held, Report, Span, verify
 from kvengine.tiers.breaker import Breaker
 from kvengine.tiers.files import Files, OSFiles
@@ -416,17 +416,25 @@ class DiskTier:
         return header.kind
 
     def _read_sealed(self, span: Span, place: Place) -> int:
-        """Read and open a whole block, the first time that a part of it is asked for."""
+        """Read and open the segments that what is asked for takes; returns BLOCK or DROPPED."""
         assert self._sealer is not None
-        if span.start:
-            return BLOCK
+        segment, slot, _ = place
+        stop = span.nbytes if span.stop is None else min(span.stop, span.nbytes)
+        first, last = around(span.nbytes, span.start, stop)
+        first, last = HEADER_BYTES + first, HEADER_BYTES + last
         with self._sealer.room(HEADER_BYTES + span.nbytes) as room:
-            header = self._folder.read(*place, room[: pages(HEADER_BYTES + span.nbytes)])
-            if header.kind == BLOCK:
+            if span.start:
+                self._folder.read_on(segment, slot, room[:PAGE_BYTES], 0, PAGE_BYTES)
+                rest = room[first : pages(last)]
+                self._folder.read_on(segment, slot, rest, first, last - first)
+            else:
+                header = self._folder.read(*place, room[: pages(last)], last)
+                if header.kind == DROPPED:
+                    return header.kind
                 if header.frame_bytes != HEADER_BYTES + span.nbytes:
                     raise FrameError("a slot with another block")
-                self._sealer.open(room, span.key, span.frame, span.nbytes)
-        return header.kind
+            self._sealer.open(room, span.key, span.frame, span.nbytes, span.start, stop)
+        return BLOCK
 
     def _check(self, header: SlotHeader, room: memoryview) -> None:
         """Verify what was read of a block, whatever form it has there. Raises FrameError."""

@@ -178,7 +178,7 @@ def _look(
         if not sealed:
             verify(Span(key, room, nbytes))
         elif seal is None:
-            structure(room[:nbytes], key)
+            structure(room[:nbytes], key, nbytes - HEADER_BYTES)
             found.unopened += 1
         else:
             plain = memoryview(bytearray(max(1, nbytes - HEADER_BYTES)))
