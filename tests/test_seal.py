@@ -265,7 +265,7 @@ def test_keys_that_rotate_and_are_dropped():
     assert opened(sealer, old, key, len(data)) == opened(sealer, new, key, len(data)) == data
     del keys.held[1]
     assert opened(sealer, new, key, len(data)) == data
-    with pytest.raises(UnknownKey, match="0x00000001, which is not held"):
+    with pytest.raises(UnknownKey, match="0x00000001, not held here"):
         opened(sealer, old, key, len(data))
 
 
