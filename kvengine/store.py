@@ -757,7 +757,8 @@ class Store:
         is being written.
         """
         found = False
-        if len(next(self._policy.victims(1, now), EMPTY)):
+        # A policy that is asked takes memory to be full: only where there is something to let go.
+        if not any(self._dirty) or len(next(self._policy.victims(1, now), EMPTY)):
             return found
         for tier, dirty in enumerate(self._dirty):
             if not dirty:
