@@ -247,6 +247,7 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "disk.clean_high": Setting(_share, "a share of memory from 0 to 1"),
         "lossless": Setting(_flag, "1, 0, true or false"),
         "pin": Setting(_flag, "1, 0, true or false"),
+        "populate": Setting(_flag, "1, 0, true or false"),
         "threads": Setting(_threads, "a number of threads from 1 to 256"),
         "io_threads": Setting(_threads, "a number of threads from 1 to 256"),
         "secret": Setting(
@@ -298,6 +299,7 @@ QUERIES: Mapping[str, Mapping[str, str]] = MappingProxyType(
             "size": "memory_bytes",
             "lossless": "lossless",
             "pin": "pin",
+            "populate": "populate",
             "threads": "threads",
             "io_threads": "io_threads",
             "lease_s": "lease_s",
@@ -461,6 +463,8 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     either way.
     `pin` registers the memory with the driver of this process's GPU, in the background, so that
     copies between them need no staging; where that fails it is counted, and memory works as it is.
+    `populate` has the system back all of the memory when the engine is opened, in the background;
+    if not, a page is backed when it is first written, which takes longer then.
     `find_s` is how long a look-up may wait for the answer of remote tiers, `fetch_s` how long a
     load may wait for what it reads from tiers.
     `shadow` names policies that are run beside `policy` on metadata alone, on a sample of the
@@ -478,6 +482,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     daemon: Daemon | None = None
     lossless: bool = True
     pin: bool = False
+    populate: bool = True
     threads: int = 2
     io_threads: int = 2
     secret: Secret | None = None

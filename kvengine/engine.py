@@ -776,7 +776,8 @@ class Engine:
             # Who touches memory first places it: that is a thread near the device.
             while not (self._closed or self._pin.over(PIN_POLL_S)):
                 pass
-        self._store.arena.populate()
+        if self.config.populate:
+            self._store.arena.populate()
 
     def settle(self) -> None:
         """Before a fork: let kernels be loaded first, for at most CLOSE_S.

@@ -495,7 +495,7 @@ class Client:
             launch.coders(None)
         finally:
             self._ready.set()
-        self._proxy.arena.populate()
+        _map(self._proxy)
 
     def _hear(self) -> None:
         """Hear what the daemon says by itself; look for it where it is away."""
@@ -539,7 +539,7 @@ class Client:
             self._old.append(old)
             self._preparing.join()
             self._preparing = threading.Thread(
-                target=proxy.arena.populate, name="kvengine-prepare", daemon=True
+                target=_map, args=(proxy,), name="kvengine-prepare", daemon=True
             )
             self._preparing.start()
 
@@ -550,6 +550,12 @@ class Client:
                 self._proxy.settled(old.welcome.session)
             old.forsake()
             self._old.remove(old)
+
+
+def _map(proxy: Proxy) -> None:
+    """Have memory mapped that the daemon has backed."""
+    if proxy.welcome.populate:
+        proxy.arena.populate()
 
 
 def _keep(lease: Lease) -> None:

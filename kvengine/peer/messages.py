@@ -253,6 +253,7 @@ class Welcome(Message, tag=64):
     nbytes: int
     tenant: Text
     fetch_s: float
+    populate: bool
 
 
 class Refused(Message, tag=65):

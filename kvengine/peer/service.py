@@ -308,6 +308,7 @@ class Service:
             house.store.arena.nbytes,
             house.tenant,
             house.config.fetch_s,
+            house.config.populate,
         )
         return [Send(connection, welcome, house, message.writable)]
 
