@@ -100,11 +100,10 @@ class Arena(Slab):
             self.taken_pages -= known.pages * len(slots)
 
     def generation(self, slots: Slots) -> NDArray[np.uint32]:
-        """Return the words of slots; zeros where memory is private, and for what is no slot."""
+        """Return the words of slots; zeros where memory is private."""
         if self.generations is None:
             return np.zeros(len(slots), dtype=np.uint32)
-        found = self.generations[slots]
-        found[slots < 0] = 0
+        found = self.generations[slots]  # of NO_SLOT the last page's, which nobody looks at
         return found
 
     def compact(self) -> bool:

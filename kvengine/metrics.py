@@ -125,10 +125,10 @@ class Metrics:
         child = self._children.get((name, *labels.items()))
         if child is None:
             child = self._resolve(name, labels)
-        if isinstance(child, Histogram):
-            child.observe(value)
-        elif isinstance(child, Counter):
+        if isinstance(child, Counter):  # first: a check that fails costs more than the rest
             child.inc(value)
+        elif isinstance(child, Histogram):
+            child.observe(value)
         else:
             raise KeyError(f"metric {name!r} is a gauge: use set, not add")
 

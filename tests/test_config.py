@@ -312,7 +312,6 @@ def test_every_setting_can_come_from_the_environment():
             encrypt=True,
         ),
         populate=False,
-        disk=Disk(path="/kv", size_bytes=3 * G, segment_bytes=G, clean_low=0.125, clean_high=0.5),
         threads=1,
         io_threads=3,
         secret=Secret.fromhex(HEX),

@@ -17,6 +17,7 @@ from kvengine.peer.messages import LENGTH_BYTES, MESSAGE_BYTES_MAX, Answer, Code
 RECEIVE_BYTES = 1 << 16
 SOCKET_BYTES = 1 << 20
 DESCRIPTORS_MAX = 4
+UNSAID_MAX = 64
 
 
 class Lost(OSError):
@@ -29,18 +30,24 @@ class Channel:
     Raises Lost from every verb, and OSError where nobody listens at `path`.
     """
 
-    def __init__(self, path: str, timeout_s: float) -> None:
+    def __init__(self, path: str, timeout_s: float, hear_s: float | None = None) -> None:
+        """Connect. hear_s: how long `hear` waits, `timeout_s` if None."""
         self._timeout_s = timeout_s
+        self._hear_s = timeout_s if hear_s is None else hear_s
         self._coder = Coder()
         self._lock = threading.Lock()
         self._buffer = bytearray(RECEIVE_BYTES)
         self._have = 0
+        self._unsaid: list[Message] = []
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             # Not settimeout: that would cost a poll before each call.
-            wait = struct.pack("ll", int(timeout_s), int(timeout_s % 1 * 1e6) or 1)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, wait)
-            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, wait)
+            for option, wait_s in (
+                (socket.SO_RCVTIMEO, self._hear_s),
+                (socket.SO_SNDTIMEO, timeout_s),
+            ):
+                wait = struct.pack("ll", int(wait_s), int(wait_s % 1 * 1e6) or 1)
+                self._socket.setsockopt(socket.SOL_SOCKET, option, wait)
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SOCKET_BYTES)
             self._socket.connect(path)
         except BaseException:
@@ -58,7 +65,7 @@ class Channel:
         with self._lock:
             end = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
             try:
-                self._socket.sendall(self._coder.frame(message))
+                self._send(message)
                 fds = self._receive_descriptors() if descriptors else []
                 answer = self._read(end)
             except (OSError, Wrong) as error:
@@ -69,19 +76,27 @@ class Channel:
                 raise Lost("an answer to something else")
             return answer, fds
 
-    def tell(self, message: Message) -> None:
-        """Say something that has no answer."""
+    def tell(self, message: Message | None = None, *, later: bool = False) -> None:
+        """Say something that has no answer, and all that was to be said later.
+
+        later: say it before whatever is said next, so that both go together; somebody has to call
+        `tell` before long. Some are said at once all the same.
+        """
         with self._lock:
+            if message is not None:
+                self._unsaid.append(message)
+            if not self._unsaid or (later and len(self._unsaid) < UNSAID_MAX):
+                return
             try:
-                self._socket.sendall(self._coder.frame(message))
+                self._send(None)
             except OSError as error:
                 self._end()
                 raise Lost(str(error)) from None
 
     def hear(self) -> Answer | None:
-        """Wait for something that nobody has asked for here. None: nothing came in `timeout_s`."""
+        """Wait for something that nobody has asked for here. None: nothing came in time."""
         try:
-            return self._read(time.monotonic() + self._timeout_s)
+            return self._read(time.monotonic() + self._hear_s)
         except TimeoutError:
             return None
         except (OSError, Wrong) as error:
@@ -95,6 +110,15 @@ class Channel:
     def close(self) -> None:
         """Give the socket back."""
         self._socket.close()
+
+    def _send(self, message: Message | None) -> None:
+        if self._unsaid:
+            said, self._unsaid = self._unsaid, []
+            if message is not None:
+                said.append(message)
+            self._socket.sendall(b"".join(map(self._coder.frame, said)))
+        elif message is not None:
+            self._socket.sendall(self._coder.frame(message))
 
     def _end(self) -> None:
         try:

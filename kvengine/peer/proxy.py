@@ -36,6 +36,7 @@ from kvengine.tiers import Span
 ROW_BITS = 17  # of the name of a leased block: the others are the number of its lease
 HOLDS_MAX = 1 << (31 - ROW_BITS)
 assert m.KEYS_MAX <= 1 << ROW_BITS
+LATER_S = 0.05  # what may be said later is said by then
 SLOW_S = 30.0  # for what may load kernels, or walk over all blocks
 
 
@@ -107,7 +108,7 @@ class Proxy:
             self._words = np.frombuffer(
                 Slab(words, handles[1], writable=False).memory, dtype=np.uint32
             )
-            self._ear = Channel(path, timeout_s)
+            self._ear = Channel(path, timeout_s, LATER_S)
             if not isinstance(self._ear.ask(m.Listen(self._next(), said.session)), m.Done):
                 raise Lost("the daemon has forgotten the session")
         except BaseException:
@@ -233,7 +234,7 @@ class Proxy:
             self._holds[number].over = True
             gone = self._gone(number)
         if gone:
-            self._tell(m.Release(0, gone))
+            self._tell(m.Release(0, gone), later=True)
 
     def _gone(self, number: int) -> bytes:
         """Under the lock: forget a hold that is over and not pinned; return its token, or b""."""
@@ -270,7 +271,7 @@ class Proxy:
             self._hold(ids).pinned -= len(ids)
             gone = self._gone(int(ids[0]) >> ROW_BITS)
         if gone:
-            self._tell(m.Release(0, gone))
+            self._tell(m.Release(0, gone), later=True)
 
     def slots(self, ids: Int32s) -> Slots:
         """Return where pinned blocks lie, as far as the daemon has said."""
@@ -456,6 +457,7 @@ class Proxy:
         """
         assert self._ear is not None
         said = self._ear.hear()
+        self._tell(None)
         while self._dead:
             token = self._dead.popleft()
             if self._ended(token):
@@ -534,10 +536,10 @@ class Proxy:
             self.lose()
             return None
 
-    def _tell(self, message: m.Message) -> None:
+    def _tell(self, message: m.Message | None, *, later: bool = False) -> None:
         if not self.lost:
             try:
-                self._channel.tell(message)
+                self._channel.tell(message, later=later)
             except Lost:
                 self.lose()
 

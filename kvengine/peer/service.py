@@ -403,15 +403,17 @@ class Service:
             heapq.heappush(self._deadlines, (when, session.token, lease.token))
         store = session.house.store
         slots, numbers = store.places(lease.ids)
-        forms = (numbers & 1).astype(np.uint8)
-        usual = lease.keys.namespace.number & 1
+        usual = lease.keys.namespace.number
+        forms = b""
+        if (numbers != usual).any():
+            forms = (numbers & 1).astype(np.uint8).tobytes()
         return m.Leased(
             message.number,
             lease.token,
             session.house.config.lease_s,
             lease.in_memory,
             slots.tobytes(),
-            b"" if (forms == usual).all() else forms.tobytes(),
+            forms,
             store.arena.generation(slots).tobytes(),
             lease.worth.start,
             lease.worth.stop,
