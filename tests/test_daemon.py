@@ -305,9 +305,11 @@ def test_whoever_matches_after_a_save_is_done_hits(daemon, monkeypatch):
     monkeypatch.setattr(Raw, "encode", late)
     with kvengine.open(daemon.url) as one, kvengine.open(daemon.url) as two:
         for turn in range(10):
-            keys = keys_of(one, 4, first=4 * turn)
-            transfer = one.save(keys, rig.caches(ONE, 4, seed=turn), np.arange(4))
+            keys = keys_of(two, 4, first=4 * turn)
+            transfer = one.save(
+                keys_of(one, 4, first=4 * turn), rig.caches(ONE, 4, seed=turn), np.arange(4)
+            )
             while not transfer.wait(0.001):
                 assert two.probe(keys) in (0, 4)
-            assert transfer.good.all() and two.probe(keys_of(two, 4, first=4 * turn)) == 4
+            assert transfer.good.all() and two.probe(keys) == 4
         assert rig.check_right(two, keys, rig.caches(ONE, 4, seed=turn)).all()
