@@ -111,7 +111,15 @@ def test_events_of_vllm_are_written_without_tokens(publisher, tmp_path):
     socket, endpoint = publisher
     path = tmp_path / "events.jsonl"
     found: list[events.Heard] = []
-    thread = threading.Thread(target=lambda: found.append(events.listen(endpoint, path, 3.0)))
+
+    def over(heard: events.Heard) -> None:
+        if heard.blocks == 3:
+            raise KeyboardInterrupt
+
+    def listen() -> None:
+        found.append(events.listen(endpoint, path, rig.WAIT_S, over))
+
+    thread = threading.Thread(target=listen)
     thread.start()
     empty = {"ts": 0.5, "events": [], "data_parallel_rank": 0}
     assert rig.poll(lambda: publish(socket, 0, empty) or path.exists() and path.stat().st_size)
@@ -119,7 +127,7 @@ def test_events_of_vllm_are_written_without_tokens(publisher, tmp_path):
     publish(socket, 2, b"nonsense")
     publish(socket, 3, {"ts": 2.0, "events": [{"type": "BlockRemoved", "block_hashes": [b"a"]}]})
     publish(socket, 9, [9.0, [["BlockStored", [7], b"b", [4], 16, None, "GPU"]], 0])
-    thread.join(rig.WAIT_S)
+    thread.join(2 * rig.WAIT_S)
     (heard,) = found
     assert (heard.blocks, heard.malformed, heard.missed) == (3, 1, 5)
     text = path.read_text()
