@@ -30,9 +30,10 @@ from jax import numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from numpy.typing import NDArray
 
+from kvengine import Client, Engine
 from kvengine.adapters.array import View, export, view
+from kvengine.adapters.guard import Guard
 from kvengine.cache import PagedCache
-from kvengine.engine import Engine
 from kvengine.errors import LayoutError
 from kvengine.keys import BlockKeys, Namespace
 from kvengine.layout import Layout
@@ -65,7 +66,7 @@ class PagedPool:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine | Client,
         names: Namespace,
         caches: Sequence[Any],
         *,
@@ -75,6 +76,7 @@ class PagedPool:
     ) -> None:
         layout = names.view.layout
         self._engine, self._form = engine, Form(layout, interleaved)
+        self._guard = Guard(engine, "jax")
         layers = [_arrays(item) for item in caches]
         self._blocks = self._form.check(layers)
         self._shapes = [tuple(array.shape[1:]) for array in layers[0]]
@@ -105,8 +107,9 @@ class PagedPool:
 
         block_table: int[k], where they go. The caches are donated: use those that are returned.
         What is not verified after `timeout_s` is not in, nor is what follows it: to be recomputed.
-        Waits until all is done. Raises LayoutError for ids that do not fit.
+        Waits until all is done. Raises LayoutError for ids and keys that do not fit.
         """
+        self._form.check_keys(lease.keys)
         ids = _ids(block_table, self._blocks, unique=True)
         if len(ids) > lease.blocks - first:
             raise LayoutError(
@@ -134,9 +137,12 @@ class PagedPool:
         """Begin to store blocks that the engine does not hold; the caches are free on return.
 
         block_table: int[len(keys)], where they lie. The rest is as `engine.save` has it, which
-        reads a copy of the blocks. Raises LayoutError for ids that do not fit.
+        reads a copy of the blocks. Raises LayoutError for ids and keys that do not fit.
         """
+        self._form.check_keys(keys)
         ids = _ids(block_table, self._blocks, unique=False)
+        if len(ids) != len(keys):
+            raise LayoutError(f"a table for {len(ids)} blocks and {len(keys)} keys: one for each")
         places = np.zeros(_bucket(len(ids)), dtype=np.int32)
         places[: len(ids)] = ids
         gathered = self._gather([_arrays(item) for item in caches], places)
@@ -149,7 +155,10 @@ class PagedPool:
         shown = [view(each if self._direct else np.asarray(each)) for each in gathered]
         cache = self._form.cache(shown, writable=False)
         table = np.arange(len(ids))
-        return self._engine.save(keys, cache, table, retention=retention, fill=fill)
+        return self._guard.guarded(
+            lambda: self._engine.save(keys, cache, table, retention=retention, fill=fill),
+            lambda: _refused(len(ids), self._form.layout.layers),
+        )
 
     def _load(
         self, lease: Lease, layers: Layers, ids: Ids, first: int, timeout_s: float
@@ -160,6 +169,8 @@ class PagedPool:
         done = 0
         for number, window in enumerate(windows):
             stage, transfer = under_way.pop()
+            if transfer is None:
+                break
             if not transfer.wait(timeout_s):
                 transfer.stop()
                 self._stages.remove(stage)  # the engine may write to it still
@@ -178,13 +189,19 @@ class PagedPool:
         jax.block_until_ready(layers)
         return layers, done
 
-    def _begin(self, lease: Lease, first: int, window: Ids, number: int) -> tuple[Stage, Transfer]:
-        """Have the engine fill one of two stages, in turns."""
+    def _begin(
+        self, lease: Lease, first: int, window: Ids, number: int
+    ) -> tuple[Stage, Transfer | None]:
+        """Have the engine fill one of two stages, in turns. No transfer: something has failed."""
         while len(self._stages) <= number % 2:
             self._stages.append(Stage(self._form, self._shapes, self._capacity))
         stage = self._stages[number % 2]
         table = np.arange(len(window))
-        return stage, self._engine.load(lease, stage.cache, table, first=first)
+
+        def begin() -> Transfer | None:
+            return self._engine.load(lease, stage.cache, table, first=first)
+
+        return stage, self._guard.guarded(begin, lambda: None)
 
     def _put(self, stage: Stage, layers: Layers, window: Ids) -> Layers:
         """Scatter a stage's leading blocks into the pool."""
@@ -278,6 +295,11 @@ class Form:
                     )
         return blocks
 
+    def check_keys(self, keys: BlockKeys) -> None:
+        """Raise LayoutError for keys whose blocks are not as the caches' are."""
+        if keys.namespace.view.layout.digest() != self.layout.digest():
+            raise LayoutError("keys of a namespace of another layout than the pool's were given")
+
     def cache(self, words: Sequence[View], *, writable: bool) -> PagedCache:
         """Describe words [layers, blocks, ...] to the engine, an array of them a component."""
         layers = [
@@ -317,6 +339,13 @@ class Stage:
             for shape in shapes
         ]
         self.cache = form.cache([view(each) for each in self.words], writable=True)
+
+
+def _refused(count: int, layers: int) -> Transfer:
+    """Return the transfer of a save that has failed."""
+    transfer = Transfer(count, layers)
+    transfer.finish(transfer.good, 0, "refused")
+    return transfer
 
 
 def _aligned(shape: tuple[int, ...], dtype: str) -> NDArray[Any]:

@@ -185,6 +185,28 @@ def test_what_comes_too_late_is_not_in(engine: Engine, monkeypatch: pytest.Monke
         assert pool.load(lease, caches, np.arange(4))[1] == 4
 
 
+def test_a_fault_of_ours_is_a_counted_miss(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    of = rig.layout(dtype="float32")
+    names = rig.names(engine, of)
+    keys = names.keys(rig.prompt(4, of))
+    assert rig.save(engine, keys, rig.caches(of, 4, seed=1)).good.all()
+    caches = pool_of(of, None)
+    pool = adapter.PagedPool(engine, names, caches)
+
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(Engine, "load", broken)
+    monkeypatch.setattr(Engine, "save", broken)
+    at = pointers(caches)
+    with engine.match(keys) as lease:
+        caches, blocks = pool.load(lease, caches, np.arange(4))
+    assert blocks == 0 and pointers(caches) == at
+    saved = pool.save(keys, caches, np.arange(4))
+    assert saved.done() and not saved.good.any()
+    assert engine.metrics.get("adapter_errors", adapter="jax") == 2
+
+
 def test_a_pool_of_some_heads_loads_those(engine: Engine) -> None:
     of = rig.layout(dtype="bfloat16", kv_heads=4)
     names, source = rig.names(engine, of), rig.caches(of, 3, seed=1)
@@ -289,6 +311,11 @@ def test_what_does_not_fit_is_named(engine: Engine) -> None:
             with pytest.raises(LayoutError, match=says):
                 pool.load(lease, good, table)
         assert pool.load(lease, good, [])[1] == 0
+    with pytest.raises(LayoutError, match="a table for 1 blocks and 2 keys: one for each"):
+        pool.save(keys, good, [0])
+    wider = rig.names(engine, replace(of, head_dim=64)).keys(rig.prompt(2, of))
+    with pytest.raises(LayoutError, match="keys of a namespace of another layout"):
+        pool.save(wider, good, [0, 1])
     half = [tuple(each.astype(jnp.bfloat16) for each in layer) for layer in good]
     for caches, how, says in (
         (good[:1], {}, "caches of 1 layers, the layout has 2"),
