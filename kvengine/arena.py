@@ -7,7 +7,7 @@ The arena knows nothing of blocks: the store owns slots from `take` to `give`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,8 +61,8 @@ class Arena(Slab):
         self.generations = generations
         pages = self.nbytes // PAGE_BYTES
         self.limit_pages = pages
+        self.backed_pages = 0  # at most so many have memory behind them
         self._holes: list[tuple[int, int]] = [(0, pages)]
-        self._held_pages = 0  # in extents
         self._classes: dict[int, SizeClass] = {}
         self.taken_pages = 0
 
@@ -75,8 +75,8 @@ class Arena(Slab):
         pages = self.pages_of(nbytes)
         known = self._classes.get(pages)
         free = known.count if known else 0
-        room = (self.limit_pages - self._held_pages) // pages
-        return free + max(0, min(room, sum(size // pages for _, size in self._holes)))
+        room = (self.limit_pages - self.taken_pages) // pages
+        return max(0, min(room, free + sum(size // pages for _, size in self._holes)))
 
     def take(self, nbytes: int, count: int) -> Slots:
         """Take up to `count` slots of at least `nbytes`; fewer where the arena is full."""
@@ -84,10 +84,12 @@ class Arena(Slab):
         known = self._classes.get(pages)
         if known is None:
             known = self._classes[pages] = SizeClass(pages)
+        count = max(0, min(count, (self.limit_pages - self.taken_pages) // pages))
         while known.count < count and self._extend(known):
             pass
         slots = known.pop(min(count, known.count))
         self.taken_pages += pages * len(slots)
+        self.backed_pages = max(self.backed_pages, self.taken_pages)
         if self.generations is not None:
             self.generations[slots] += np.uint32(1)
         return slots
@@ -127,25 +129,33 @@ class Arena(Slab):
             for start, begin, end in zip(starts[whole], first[whole], last[whole], strict=True):
                 self._holes.append((int(start), known.extents.pop(int(start))))
                 keep[begin:end] = False
-            self._held_pages -= int(pages[whole].sum())
             free = free[keep]
             known.free, known.count = free, len(free)
         self._holes = _merge(self._holes)
         return found
 
     def limit(self, nbytes: int) -> int:
-        """Use at most so many bytes from now on, as far as what is taken allows.
+        """Lend at most so many bytes from now on; what is lent already stays.
 
-        Whole extents beyond that are given back to the system where memory is shared: their bytes
-        are zero when they are used again. Returns how many bytes are held still; call again when
-        more of them have been evicted.
+        Where memory is shared, and more has been in use, all that is free is given back to the
+        system: it is zero when it is used again, and others may have as much. Returns how many
+        bytes are in use still; call again when more of them have been evicted.
         """
         self.limit_pages = min(nbytes, self.nbytes) // PAGE_BYTES
-        if self._held_pages > self.limit_pages:
-            self.compact()
-        for start, size in self._holes if self.generations is not None else ():
-            self.punch(start, size)
-        return self._held_pages * PAGE_BYTES
+        if self.generations is not None and self.backed_pages > self.limit_pages:
+            for known in self._classes.values():
+                for start, size in _runs(np.sort(known.free[: known.count]), known.pages):
+                    self.punch(start, size)
+            for start, size in self._holes:
+                self.punch(start, size)
+            self.backed_pages = self.taken_pages
+        return self.backed_pages * PAGE_BYTES
+
+    def populate(self, nbytes: int | None = None) -> None:
+        """See Slab.populate. Memory of which a part is another's is left as it is."""
+        if self.limit_pages * PAGE_BYTES == self.nbytes:
+            self.backed_pages = self.limit_pages
+            super().populate(nbytes)
 
     def _extend(self, known: SizeClass) -> bool:
         # Small extents at first leave room for other classes; a sixteenth of the slab at most
@@ -153,23 +163,27 @@ class Arena(Slab):
         want = max(EXTENT_BYTES // PAGE_BYTES, EXTENT_SLOTS * known.pages)
         want = min(want, self.nbytes // PAGE_BYTES // 16)
         want = max(1, want // known.pages) * known.pages
-        left = self.limit_pages - self._held_pages
-        if left < known.pages:
-            return False
         fitting = [hole for hole in self._holes if hole[1] >= known.pages]
         if not fitting:
             return False
         start, size = max(fitting, key=lambda hole: hole[1])
-        used = min(want, size // known.pages * known.pages, left // known.pages * known.pages)
+        used = min(want, size // known.pages * known.pages)
         self._holes.remove((start, size))
         if size > used:
             self._holes.append((start + used, size - used))
         known.extents[start] = used
-        self._held_pages += used
         known.smallest = min(known.extents.values())
         slots = np.arange(start, start + used, known.pages, dtype=np.int32)
         known.push(slots[::-1])
         return True
+
+
+def _runs(slots: Slots, pages: int) -> Iterator[tuple[int, int]]:
+    """Join neighbouring slots, sorted, to runs: the first page and how many."""
+    if len(slots):
+        cuts = np.flatnonzero(np.diff(slots) != pages) + 1
+        for run in np.split(slots, cuts):
+            yield int(run[0]), len(run) * pages
 
 
 def _merge(holes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -611,6 +611,15 @@ class Store:
                     self._evict(victims)
             return (before - self.arena.taken_pages) * PAGE_BYTES
 
+    def limit(self, nbytes: int) -> int:
+        """Use at most so many bytes of memory from now on, evicting clean, unleased blocks.
+
+        Returns how many bytes are in use still: call again when more has been released.
+        """
+        self.squeeze(nbytes)
+        with self._lock:
+            return self.arena.limit(nbytes)
+
     def detach(self) -> None:
         """After a fork, in the child: the lock may be held by a thread that is not here."""
         self._lock = threading.Lock()

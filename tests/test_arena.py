@@ -1,6 +1,7 @@
 """kvengine.arena: slots never overlap, and no page is lost or counted twice."""
 
 import ctypes
+import os
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvengine.arena import PAGE_BYTES, POPULATE_BYTES, Arena
 from kvengine.errors import ConfigError
+from kvengine.slab import shared
 
 SIZES = [1, PAGE_BYTES, PAGE_BYTES + 1, 3 * PAGE_BYTES, 5 * PAGE_BYTES - 1, 8 * PAGE_BYTES]
 
@@ -195,3 +197,61 @@ def resident(arena: Arena) -> int:
     mincore.argtypes = (ctypes.c_size_t, ctypes.c_size_t, ctypes.c_void_p)
     assert mincore(arena.address, arena.nbytes, ctypes.addressof(flags)) == 0
     return sum(flag & 1 for flag in flags)
+
+
+def shared_arena(nbytes: int) -> Arena:
+    handle = shared(nbytes, "kvengine test")
+    try:
+        return Arena(nbytes, handle, np.zeros(nbytes // PAGE_BYTES, np.uint32))
+    finally:
+        os.close(handle)
+
+
+def backed_bytes(arena: Arena) -> int:
+    """Bytes of the mapping that the system keeps in memory."""
+    size = arena.nbytes // PAGE_BYTES
+    found = (ctypes.c_ubyte * size)()
+    libc = ctypes.CDLL(None, use_errno=True)
+    assert libc.mincore(ctypes.c_void_p(arena.address), ctypes.c_size_t(arena.nbytes), found) == 0
+    return sum(byte & 1 for byte in found) * PAGE_BYTES
+
+
+def test_a_limit_gives_memory_back_as_zeros():
+    arena = shared_arena(256 * PAGE_BYTES)
+    slots = np.concatenate([arena.take(3 * PAGE_BYTES, 40), arena.take(PAGE_BYTES, 60)])
+    arena.memory[:] = b"x" * arena.nbytes
+    arena.give(3 * PAGE_BYTES, slots[:40][::2])
+    arena.give(PAGE_BYTES, slots[40:][1::3])
+    taken = arena.taken_pages
+    assert arena.limit(taken * PAGE_BYTES) == taken * PAGE_BYTES == backed_bytes(arena)
+    held = np.zeros(256, np.bool_)
+    for slot in slots[:40][1::2]:
+        held[slot : slot + 3] = True
+    for slot in np.delete(slots[40:], np.s_[1::3]):
+        held[slot] = True
+    pages = np.frombuffer(arena.memory, np.uint8).reshape(256, PAGE_BYTES)
+    assert (pages[held] == ord("x")).all(), "what is lent stays"
+    assert not pages[~held].any(), "nobody finds what was there before"
+    assert arena.available(PAGE_BYTES) == 0 == len(arena.take(PAGE_BYTES, 5))
+    arena.give(PAGE_BYTES, slots[40:41])
+    assert arena.available(PAGE_BYTES) == 1 and arena.available(3 * PAGE_BYTES) == 0
+    arena.limit(arena.nbytes)
+    assert arena.available(PAGE_BYTES) > 1 and arena.available(3 * PAGE_BYTES) >= 20
+
+
+def test_below_what_is_lent_a_limit_lends_nothing_and_says_what_is_in_use():
+    arena = shared_arena(64 * PAGE_BYTES)
+    slots = arena.take(PAGE_BYTES, 32)
+    assert arena.limit(8 * PAGE_BYTES) == 32 * PAGE_BYTES
+    assert arena.available(PAGE_BYTES) == 0 == len(arena.take(2 * PAGE_BYTES, 1))
+    arena.give(PAGE_BYTES, slots[:20])
+    assert arena.available(PAGE_BYTES) == 0, "still above the limit"
+    assert arena.limit(8 * PAGE_BYTES) == 12 * PAGE_BYTES
+    arena.give(PAGE_BYTES, slots[20:])
+    assert arena.limit(8 * PAGE_BYTES) == 0 and arena.available(PAGE_BYTES) == 8
+
+
+def test_private_memory_is_limited_as_well():
+    arena = Arena(64 * PAGE_BYTES)
+    arena.limit(8 * PAGE_BYTES)
+    assert len(arena.take(PAGE_BYTES, 10)) == 8
