@@ -66,6 +66,11 @@ class Arena(Slab):
         self._classes: dict[int, SizeClass] = {}
         self.taken_pages = 0
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it may be lent."""
+        return self.limit_pages * PAGE_BYTES == self.nbytes
+
     def pages_of(self, nbytes: int) -> int:
         """Return how many pages a slot of so many bytes has."""
         return -(-nbytes // PAGE_BYTES)
@@ -153,7 +158,7 @@ class Arena(Slab):
 
     def populate(self, nbytes: int | None = None) -> None:
         """See Slab.populate. Memory of which a part is another's is left as it is."""
-        if self.limit_pages * PAGE_BYTES == self.nbytes:
+        if self.is_whole:
             self.backed_pages = self.limit_pages
             super().populate(nbytes)
 

@@ -72,8 +72,14 @@ class Engine:
     A context manager; `close` writes what is committed to the tier and gives everything back.
     """
 
-    def __init__(self, config: Config, memory: Arena | None = None, tenant: str = DEFAULT) -> None:
-        """Open an engine of one process; or, over the `memory` that it shares, of one tenant.
+    def __init__(
+        self,
+        config: Config,
+        memory: Arena | None = None,
+        tenant: str = DEFAULT,
+        tenants: Tenants | None = None,
+    ) -> None:
+        """Open an engine of one process; or, over the `memory` that it shares, of one of `tenants`.
 
         Then whoever serves it sees to the deadlines of leases.
         """
@@ -93,7 +99,7 @@ class Engine:
         )
         self._tiers: list[Tier] = []
         kept = None if config.disk is None else Path(config.disk.path) / "tenants.json"
-        self._data_keys = DataKeys(partial(Tenants, kept, config.secret))
+        self._data_keys = DataKeys(lambda: tenants or Tenants(kept, config.secret))
         try:
             self._open_tiers()
             self._tenants = self._data_keys.tenants
@@ -519,7 +525,7 @@ class Engine:
         Keys of namespaces made before miss from now on: ask for the namespaces again.
         """
         self._alive()
-        return self._tenants.raise_epoch()
+        return self._tenants.raise_epoch(self.tenant)
 
     def rotate_key(self) -> int:
         """Seal blocks with a new data key from now on; those sealed before can still be read.
@@ -648,9 +654,22 @@ class Engine:
         """Name the tiers that fail and are left alone for now."""
         return [tier.name for tier in self._tiers if tier.away]
 
-    def epoch(self) -> int:
-        """Return the tenant's epoch: namespaces of another one hold nothing."""
-        return self._tenants.epoch()
+    def is_current(self, namespace: Namespace) -> bool:
+        """Say whether a namespace is of the tenant's and the model's epoch: others hold nothing."""
+        identity = namespace.identity
+        return self._tenants.is_current(self.tenant, identity.model, identity.epoch)
+
+    def memory_bytes(self) -> int:
+        """Return how many bytes of memory blocks take."""
+        return self._store.arena.taken_pages * PAGE_BYTES
+
+    def pressed(self) -> int:
+        """Count the blocks that had to go, or were refused, for want of memory."""
+        return int(self.metrics.get("evicted_blocks") + self.metrics.get("save_refused_blocks"))
+
+    def limit(self, nbytes: int) -> int:
+        """Use at most so many bytes of memory from now on; returns how many are in use still."""
+        return self._store.limit(nbytes)
 
     def space(
         self, identity: Mapping[str, str], layout: Layout, smaller: bool, ttl_s: float | None
@@ -666,10 +685,10 @@ class Engine:
             format_version=FORMAT_VERSION,
             tenant=self.tenant,
             layout=layout.digest(),
-            epoch=self._tenants.epoch(),
+            epoch=self._tenants.epoch(self.tenant, identity["model"]),
             **dict(identity) | {"fidelity": forms.usual.fidelity},
         )
-        space = self._store.namespace(made, layout, self._tenants.secret(), forms)
+        space = self._store.namespace(made, layout, self._tenants.secret(self.tenant), forms)
         self._data_keys.note(space.digest, self.tenant)
         if ttl_s is not None:
             self._ttl_s[space.number] = ttl_s
@@ -805,7 +824,7 @@ class Engine:
                 f"these keys are of {keys.namespace!r}, which another engine has made: ask this "
                 "one with engine.namespace(...)"
             )
-        return keys.namespace.identity.epoch != self._tenants.epoch()
+        return not self.is_current(keys.namespace)
 
     def _failed(self, error: Exception) -> None:
         self.metrics.add("tier_failures", 1, tier="memory")

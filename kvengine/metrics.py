@@ -6,11 +6,12 @@ short name. The names are frozen in `SERIES`: dashboards and alerts are built on
 
 import difflib
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import Metric
 
 PREFIX = "kvengine_"
 # From a copy of one small block to a read from a slow remote tier.
@@ -206,3 +207,29 @@ class Metrics:
         child = parent.labels(**labels) if row.labels else parent
         with self._lock:
             return self._children.setdefault((name, *labels.items()), child)
+
+
+class _Merged:
+    """What several registries hold, each under a label of its own."""
+
+    def __init__(self, by_tenant: Mapping[str, Metrics]) -> None:
+        self._by_tenant = by_tenant
+
+    def collect(self) -> Iterator[Metric]:
+        families: dict[str, Metric] = {}
+        for tenant, metrics in self._by_tenant.items():
+            for family in metrics.registry.collect():
+                merged = families.setdefault(
+                    family.name, Metric(family.name, family.documentation, family.type)
+                )
+                for sample in family.samples:
+                    labels = sample.labels | {"tenant": tenant}
+                    merged.samples.append(sample._replace(labels=labels))
+        yield from families.values()
+
+
+def text_of(by_tenant: Mapping[str, Metrics]) -> bytes:
+    """Write the series of several tenants in the Prometheus text format, labelled `tenant`."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Merged(by_tenant))
+    return generate_latest(registry)

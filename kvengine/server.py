@@ -23,16 +23,13 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
 
-import numpy as np
-
-from kvengine.arena import Arena
 from kvengine.config import Config
-from kvengine.engine import Engine
 from kvengine.errors import ConfigError, DirectoryInUse
+from kvengine.metrics import text_of
 from kvengine.peer import messages as m
-from kvengine.peer.service import Action, End, Forget, House, Later, Peer, Send, Service
-from kvengine.slab import PAGE_BYTES, Slab, reader, shared
-from kvengine.tenants import DEFAULT
+from kvengine.peer.service import Action, End, Forget, Later, Peer, Send, Service
+from kvengine.residents import Residents, kept, label
+from kvengine.tenants import Tenants
 from kvengine.workers import Workers
 
 CONNECTIONS_MAX = 2048
@@ -42,38 +39,8 @@ SOCKET_BYTES = 1 << 20
 READS_MAX = 4  # of one connection, before the others have their turn
 WORKERS = 4
 DRAIN_S = 10.0
+BALANCE_S = 0.25
 SO_PEERPIDFD = 77  # Linux 6.5
-
-
-class Shared:
-    """The memory of one tenant, for its engine and its clients: slots, and a word for each page.
-
-    `close` gives the descriptors back; what is mapped stays until nobody uses it.
-    """
-
-    def __init__(self, nbytes: int, tenant: str) -> None:
-        pages = max(1, nbytes // PAGE_BYTES)
-        words = -(-pages * 4 // PAGE_BYTES) * PAGE_BYTES
-        self._handles: list[int] = []
-        try:
-            for size, what in ((pages * PAGE_BYTES, "slots"), (words, "words")):
-                self._handles.append(shared(size, f"kvengine {what} {tenant}"[:200]))
-            self._handles += [reader(handle) for handle in self._handles]
-            self._words = Slab(words, self._handles[1])
-            generations = np.frombuffer(self._words.memory, dtype=np.uint32)[:pages]
-            self.arena = Arena(nbytes, self._handles[0], generations)
-        except BaseException:
-            self.close()
-            raise
-
-    def descriptors(self, writable: bool) -> list[int]:
-        """Give what a client maps: slots and words; words to be read only."""
-        return [self._handles[0 if writable else 2], self._handles[3]]
-
-    def close(self) -> None:
-        """Let go of the descriptors."""
-        while self._handles:
-            os.close(self._handles.pop())
 
 
 @dataclass(slots=True, eq=False)
@@ -96,14 +63,19 @@ class Server:
     """Serve engines to the other processes of this host, until `stop`.
 
     `path` is the socket. Raises ConfigError where it cannot be made, DirectoryInUse where another
-    daemon serves it.
+    daemon serves it. `tenants` are those of the disk tier's directory if None.
     """
 
-    def __init__(self, config: Config, path: str | Path, http_port: int | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        path: str | Path,
+        http_port: int | None = None,
+        tenants: Tenants | None = None,
+    ) -> None:
         self.path = Path(path)
-        self.service = Service(self._admit, os.urandom)
-        self._config = config
-        self._uid = os.getuid()
+        self._residents = Residents(config, tenants or Tenants(kept(config), config.secret))
+        self.service = Service(self._residents.admit, os.urandom)
         self._stopping = threading.Event()
         self._ready = self._closed = False
         self._done: deque[tuple[Later, int | None]] = deque()  # work that has ended
@@ -113,8 +85,8 @@ class Server:
         self._watched: dict[int, int] = {}  # number by pidfd
         self._numbers = 0
         self._coder = m.Coder()
-        self._memories: dict[str, Shared] = {}
-        self._engines: dict[str, Engine] = {}
+        self._balancing = False
+        self._balance_at = 0.0
         self._lock = _lock(self.path)
         try:
             self._listener = _listener(self.path)
@@ -128,7 +100,7 @@ class Server:
             self._epoll.register(self._wake_in, select.EPOLLIN)
             self._workers = Workers(WORKERS, "kvengine-serve", self._failed)
             self._http = _serve_http(self, http_port) if http_port is not None else None
-            self._open_tenant(DEFAULT)
+            self._residents.balance()
             self._ready = True
         except BaseException:
             self._listener.close()
@@ -148,25 +120,21 @@ class Server:
 
     # Tenants
 
-    def _open_tenant(self, name: str) -> None:
-        memory = Shared(self._config.memory_bytes, name)
-        try:
-            engine = self._engines[name] = Engine(self._config, memory.arena, name)
-            engine.settle()  # no client is to wait for compiled loops to be loaded
-        except BaseException:
-            memory.close()
-            raise
-        self._memories[name] = memory
+    def _balance(self, now: float) -> None:
+        """See to tenants that come and go, and to who holds how much memory, now and then."""
+        self._balance_at = now + BALANCE_S
+        for tenant in self._residents.gone():
+            self._act(self.service.dismiss(tenant, now))
+        if not self._balancing:
+            self._balancing = True
 
-    def _admit(self, peer: Peer, tenant: str, key: bytes) -> House | str:
-        """Say which tenant's blocks a client may use, or why none."""
-        engine = self._engines.get(tenant or DEFAULT)
-        if engine is None or peer.uid not in (self._uid, 0):
-            return (
-                f"tenant {tenant or DEFAULT!r} is not served to user {peer.uid}: run the client as "
-                "the user of the daemon"
-            )
-        return engine
+            def work() -> None:
+                try:
+                    self._residents.balance()
+                finally:
+                    self._balancing = False
+
+            self._workers.submit(work)
 
     # Running
 
@@ -180,17 +148,16 @@ class Server:
         found = [] if self._ready else ["starting: what the tiers hold is being read"]
         if self._stopping.is_set():
             found.append("stopping")
-        for name, engine in self._engines.items():
+        for name, engine in self._residents.engines().items():
             found += [f"{name}: {tier} is away" for tier in engine.away()]
         return found
 
     def metrics(self) -> bytes:
-        """Give the metrics of all tenants in the Prometheus text format."""
-        found = []
-        for engine in self._engines.values():
+        """Give the metrics of all tenants in the Prometheus text format, by hashed names."""
+        engines = self._residents.engines()
+        for engine in engines.values():
             engine.stats()
-            found.append(engine.metrics.text())
-        return b"".join(found)
+        return text_of({label(name): engine.metrics for name, engine in engines.items()})
 
     def run(self) -> None:
         """Serve until `stop`; then let saves under way end, write what is committed, close."""
@@ -220,10 +187,7 @@ class Server:
         if self._http is not None:
             self._http.shutdown()
             self._http.server_close()
-        for engine in self._engines.values():
-            engine.close()
-        for memory in self._memories.values():
-            memory.close()
+        self._residents.close()
         for fd in self._processes.values():
             os.close(fd)
         self._processes, self._watched = {}, {}
@@ -238,14 +202,16 @@ class Server:
         return any(session.reservations for session in self.service.sessions if not session.lost)
 
     def _failed(self, error: Exception) -> None:
-        for engine in self._engines.values():
+        for engine in self._residents.engines().values():
             engine.metrics.add("tier_failures", 1, tier="daemon")
 
     def _turn(self, wait_s: float = math.inf) -> None:
         """Wait for what comes next, and see to all that has come."""
         now = time.monotonic()
-        wait_s = min(wait_s, max(0.0, self.service.next_tick - now))
-        for fd, event in self._epoll.poll(None if wait_s == math.inf else wait_s):
+        if self._balance_at <= now:
+            self._balance(now)
+        wait_s = min(wait_s, self.service.next_tick - now, self._balance_at - now)
+        for fd, event in self._epoll.poll(max(0.0, wait_s)):
             if (connection := self._connections.get(fd)) is not None:
                 if event & ~select.EPOLLOUT:
                     self._read(connection)
@@ -391,8 +357,7 @@ class Server:
             return
         descriptors: list[int] = []
         if action.memory is not None:
-            memory = self._memories[action.memory.tenant]
-            descriptors = memory.descriptors(action.writable)
+            descriptors = self._residents.descriptors(action.memory.tenant, action.writable)
         data = memoryview(self._coder.frame(action.message))
         connection.outbox.append((data, descriptors))
         connection.unsent += len(data)

@@ -61,6 +61,34 @@ def floors(total_bytes: int, wants: Mapping[str, Want]) -> dict[str, int]:
     return shares(total_bytes, greedy)
 
 
+class Limits:
+    """How much one tenant may ask for; nothing is limited until `set`. Any thread may call."""
+
+    def __init__(self) -> None:
+        self._rates: tuple[Rate | None, Rate | None] = (None, None)
+
+    def set(self, lookups_per_s: float | None, saved_bytes_per_s: float | None) -> None:
+        """Change the rates; None: no limit. A rate that stays keeps what is owed."""
+        asked = (lookups_per_s, saved_bytes_per_s)
+        self._rates = (
+            _same(self._rates[0], asked[0]),
+            _same(self._rates[1], asked[1]),
+        )
+
+    def allows(self, lookups: int, saved_bytes: int, now: float) -> bool:
+        """Say whether so many keys may be looked up, or bytes reserved, now; count them if so."""
+        for rate, units in zip(self._rates, (lookups, saved_bytes), strict=True):
+            if rate is not None and units and not rate.allows(units, now):
+                return False
+        return True
+
+
+def _same(rate: Rate | None, per_s: float | None) -> Rate | None:
+    if per_s is None:
+        return None
+    return rate if rate is not None and rate.per_s == per_s else Rate(per_s)
+
+
 class Rate:
     """Let through so many units a second on average, BURST_S of them at once after a pause.
 

@@ -98,7 +98,8 @@ class Tenants:
         self._given = secret
         self._records: dict[str, Record] = {}
         self._seen: tuple[int, int, int] | None = None
-        self.reload()
+        if path is not None and path.exists():
+            self._records = _read(path)
         if DEFAULT not in self._records:
             with self._changing() as records:
                 records.setdefault(DEFAULT, _fresh())
@@ -124,6 +125,12 @@ class Tenants:
         record = self._record(tenant)
         return record.epoch + record.models.get(model, 0)
 
+    def is_current(self, tenant: str, model: str, epoch: int) -> bool:
+        """Say whether this is the epoch now, as it is kept; never, for a tenant that is gone."""
+        self.reload()
+        record = self._records.get(tenant)
+        return record is not None and epoch == record.epoch + record.models.get(model, 0)
+
     def quota(self, tenant: str = DEFAULT) -> Quota:
         """Return what a tenant is promised and may take."""
         return self._record(tenant).quota
@@ -133,18 +140,20 @@ class Tenants:
         return self._record(tenant).public
 
     def reload(self) -> bool:
-        """Take in what another process has changed. Returns whether anything was."""
+        """Take in what another process has changed. Returns whether anything was.
+
+        A file that is gone, or was damaged by hand, changes nothing: what is known goes on.
+        """
         if self._path is None:
             return False
         try:
             found = os.stat(self._path)
-        except FileNotFoundError:
+            seen = (found.st_ino, found.st_mtime_ns, found.st_size)
+            if seen == self._seen:
+                return False
+            self._records, self._seen = _read(self._path), seen
+        except (OSError, ConfigError):
             return False
-        seen = (found.st_ino, found.st_mtime_ns, found.st_size)
-        if seen == self._seen:
-            return False
-        self._records = _read(self._path)
-        self._seen = seen
         return True
 
     # Who someone is

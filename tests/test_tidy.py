@@ -87,7 +87,7 @@ LAYERS = (
     ("prefetch",),
     ("engine", "peer.client"),
     ("",),
-    ("adapters.checkpoint",),
+    ("residents", "adapters.checkpoint"),
     ("replay", "server", "web", "adapters.torch", "adapters.jax", "adapters.vllm_identity"),
     ("adapters.guard", "adapters.sglang_pools"),
     (

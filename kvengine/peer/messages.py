@@ -254,6 +254,7 @@ class Welcome(Message, tag=64):
     tenant: Text
     fetch_s: float
     populate: bool
+    writable: bool
 
 
 class Refused(Message, tag=65):

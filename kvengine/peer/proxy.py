@@ -104,7 +104,7 @@ class Proxy:
             words = -(-pages * 4 // PAGE_BYTES) * PAGE_BYTES
             if not (is_sealed(handles[0], said.nbytes) and is_sealed(handles[1], words)):
                 raise Lost("memory that others could shrink")
-            self.arena = Slab(said.nbytes, handles[0], writable)
+            self.arena = Slab(said.nbytes, handles[0], writable and said.writable)
             self._words = np.frombuffer(
                 Slab(words, handles[1], writable=False).memory, dtype=np.uint32
             )

@@ -15,7 +15,7 @@ import heapq
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -30,6 +30,7 @@ from kvengine.lease import Bools, Lease, Reservation
 from kvengine.peer import messages as m
 from kvengine.policy import Request
 from kvengine.retention import Retention
+from kvengine.shares import Limits
 from kvengine.store import Store
 
 Found = TypeVar("Found")
@@ -37,6 +38,7 @@ SESSIONS_MAX = 1024
 LEASES_MAX = 1 << 14  # of a session
 RESERVATIONS_MAX = 1 << 12
 SPACES_MAX = 1 << 12
+TOO_MUCH = "the tenant asks for more than its quota lets through"
 
 
 class House(Protocol):
@@ -52,7 +54,10 @@ class House(Protocol):
         """Whether a look-up may wait for the answer of a remote tier."""
         ...
 
-    def epoch(self) -> int: ...
+    def is_current(self, namespace: Namespace) -> bool:
+        """Say whether nobody has dropped all blocks of a namespace since it was opened."""
+        ...
+
     def space(
         self, identity: Mapping[str, str], layout: Layout, smaller: bool, ttl_s: float | None
     ) -> tuple[Namespace, list[int]]:
@@ -151,8 +156,18 @@ class Forget:
 
 
 Action = Send | End | Later | Forget
-# Says which tenant a client is, or why none.
-Admit = Callable[[Peer, str, bytes], House | str]
+
+
+class Admitted(NamedTuple):
+    """Whose blocks a client may use, whether it may save, and how much it may ask for."""
+
+    house: House
+    writable: bool
+    limits: Limits
+
+
+# Says what a client may do with a tenant's blocks, or why nothing.
+Admit = Callable[[Peer, str, bytes], Admitted | str]
 
 
 @dataclass(slots=True, eq=False)
@@ -163,6 +178,7 @@ class Session:
     house: House
     peer: Peer
     writable: bool
+    limits: Limits
     connections: list[int]
     spaces: dict[int, Namespace] = field(default_factory=dict)
     leases: dict[bytes, Lease] = field(default_factory=dict)
@@ -293,12 +309,14 @@ class Service:
         if self.draining or len(self._by_token) >= SESSIONS_MAX:
             text = "the daemon is stopping" if self.draining else "too many clients"
             return self._refuse(connection, message, m.BUSY, text)
-        house = self._admit(peer, message.tenant, message.key)
-        if isinstance(house, str):
-            return self._refuse(connection, message, m.TENANT, house)
+        admitted = self._admit(peer, message.tenant, message.key)
+        if isinstance(admitted, str):
+            return self._refuse(connection, message, m.TENANT, admitted)
+        house, may_write, limits = admitted
+        writable = message.writable and may_write
         del self._peers[connection]
         token = self._draw(m.TOKEN_BYTES)
-        session = Session(token, house, peer, message.writable, [connection])
+        session = Session(token, house, peer, writable, limits, [connection])
         self._sessions[connection] = self._by_token[token] = session
         welcome = m.Welcome(
             message.number,
@@ -308,9 +326,18 @@ class Service:
             house.store.arena.nbytes,
             house.tenant,
             house.config.fetch_s,
-            house.config.populate,
+            house.config.populate and house.store.arena.is_whole,
+            writable,
         )
-        return [Send(connection, welcome, house, message.writable)]
+        return [Send(connection, welcome, house, writable)]
+
+    def dismiss(self, tenant: str, now: float) -> list[Action]:
+        """End all connections of a tenant that is served no more."""
+        found: list[Action] = []
+        for connection, session in list(self._sessions.items()):
+            if session.house.tenant == tenant:
+                found.append(End(connection))
+        return found
 
     def _listen(self, connection: int, peer: Peer, message: m.Listen) -> list[Action]:
         session = self._by_token.get(message.session)
@@ -356,7 +383,7 @@ class Service:
         return self._work(session, message, call, answer)
 
     def _probe(self, session: Session, message: m.Probe, now: float) -> list[Action]:
-        house, keys = session.house, self._keys(session, message)
+        house, keys = session.house, self._asked(session, message, now)
         if isinstance(keys, m.Refused):
             return self._say(session, keys)
         return self._look_up(
@@ -364,7 +391,7 @@ class Service:
         )
 
     def _contains(self, session: Session, message: m.Contains, now: float) -> list[Action]:
-        house, keys = session.house, self._keys(session, message)
+        house, keys = session.house, self._asked(session, message, now)
         if isinstance(keys, m.Refused):
             return self._say(session, keys)
         return self._look_up(
@@ -375,7 +402,7 @@ class Service:
         )
 
     def _match(self, session: Session, message: m.Match, now: float) -> list[Action]:
-        house, keys = session.house, self._keys(session, message)
+        house, keys = session.house, self._asked(session, message, now)
         if isinstance(keys, m.Refused):
             return self._say(session, keys)
         if len(session.leases) >= LEASES_MAX:
@@ -505,6 +532,8 @@ class Service:
                 return self._no(session, message, m.LAYOUT, f"{part.view.part} is no whole parts")
             keys, group = replace(keys, namespace=part), message.fill
         form = house.store.form(keys.namespace, message.space)
+        if not session.limits.allows(0, len(keys) * form.nbytes, now):
+            return self._no(session, message, m.BUSY, TOO_MUCH)
         made = house.store.reserve(keys, form, group)
         if len(made):
             session.reservations[made.token] = made
@@ -643,6 +672,12 @@ class Service:
 
     # Inside
 
+    def _asked(self, session: Session, message: m.Table, now: float) -> BlockKeys | m.Refused:
+        """Read a table of keys that is looked up, unless its tenant looks up too many."""
+        if not session.limits.allows(len(message.keys) // m.KEY_BYTES, 0, now):
+            return m.Refused(message.number, m.BUSY, TOO_MUCH)
+        return self._keys(session, message)
+
     def _keys(self, session: Session, message: m.Table) -> BlockKeys | m.Refused:
         """Read a table of keys. Only namespaces that this session has opened are known to it."""
         space = session.spaces.get(message.space)
@@ -650,7 +685,7 @@ class Service:
             return m.Refused(message.number, m.SPACE, "a namespace that was not opened here")
         if len(message.keys) % m.KEY_BYTES:
             return m.Refused(message.number, m.LAYOUT, "keys have 32 bytes each")
-        if space.identity.epoch != session.house.epoch():
+        if not session.house.is_current(space):
             return m.Refused(message.number, m.STALE, "the tenant's blocks have been dropped")
         return BlockKeys(space, message.keys, message.position, message.parent)
 

@@ -1,0 +1,232 @@
+"""The tenants that a daemon serves: an engine and memory of its own for each, one budget for all.
+
+Memory goes where it is used: kvengine.shares says who may hold how much, and here what one holds
+beyond that is evicted, given back to the system as zeros, and then lent to another. What a tenant
+has reserved is never lent to anyone else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import blake3
+import msgspec
+import numpy as np
+
+from kvengine.arena import Arena
+from kvengine.config import Config
+from kvengine.engine import Engine
+from kvengine.peer.service import Admitted, Peer
+from kvengine.shares import Limits, Want, shares
+from kvengine.slab import PAGE_BYTES, Slab, reader, shared
+from kvengine.tenants import DEFAULT, Quota, Tenants
+
+GROW = 4  # a tenant that evicts asks for a quarter more than it holds
+STEP_SHARE = 64  # and for this part of all memory at least
+DISK_SHARE = 8  # of the daemon's directory size, for a tenant that has no size of its own
+
+
+def kept(config: Config) -> Path | None:
+    """Return where a daemon's tenants are kept: beside its disk tier. None: in memory."""
+    return None if config.disk is None else Path(config.disk.path) / "tenants.json"
+
+
+def label(tenant: str) -> str:
+    """Return what stands for a tenant in metrics: whoever reads them learns no names."""
+    digest = blake3.blake3(tenant.encode(), derive_key_context="kvengine tenant label 1")
+    return tenant if tenant == DEFAULT else digest.hexdigest()[:8]
+
+
+class Shared:
+    """The memory of one tenant, for its engine and its clients: slots, and a word for each page.
+
+    `close` gives the descriptors back; what is mapped stays until nobody uses it.
+    """
+
+    def __init__(self, nbytes: int, tenant: str) -> None:
+        pages = max(1, nbytes // PAGE_BYTES)
+        words = -(-pages * 4 // PAGE_BYTES) * PAGE_BYTES
+        self._handles: list[int] = []
+        try:
+            for size, what in ((pages * PAGE_BYTES, "slots"), (words, "words")):
+                self._handles.append(shared(size, f"kvengine {what} {tenant}"[:200]))
+            self._handles += [reader(handle) for handle in self._handles]
+            self._words = Slab(words, self._handles[1])
+            generations = np.frombuffer(self._words.memory, dtype=np.uint32)[:pages]
+            self.arena = Arena(nbytes, self._handles[0], generations)
+        except BaseException:
+            self.close()
+            raise
+
+    def descriptors(self, writable: bool) -> list[int]:
+        """Give what a client maps: slots and words; words to be read only."""
+        return [self._handles[0 if writable else 2], self._handles[3]]
+
+    def close(self) -> None:
+        """Let go of the descriptors."""
+        while self._handles:
+            os.close(self._handles.pop())
+
+
+@dataclass(slots=True, eq=False)
+class Resident:
+    """One tenant as it is served. `pressed`: evictions and refusals when it was last looked at."""
+
+    engine: Engine
+    memory: Shared
+    quota: Quota
+    limits: Limits = field(default_factory=Limits)
+    limit_bytes: int = 0
+    pressed: int = 0
+
+
+class Residents:
+    """See the module. Any thread may call any verb. The first `balance` opens all tenants."""
+
+    def __init__(self, config: Config, tenants: Tenants) -> None:
+        self.tenants = tenants
+        self._config = config
+        self._lock = threading.Lock()  # of what changes: who is here, who holds how much
+        self._by_name: dict[str, Resident] = {}
+        self._closed = False
+
+    def engines(self) -> dict[str, Engine]:
+        """Return the engines by the names of their tenants."""
+        return {name: each.engine for name, each in list(self._by_name.items())}
+
+    def descriptors(self, tenant: str, writable: bool) -> list[int]:
+        """Give what a client of a tenant maps."""
+        return self._by_name[tenant].memory.descriptors(writable)
+
+    def admit(self, peer: Peer, tenant: str, credential: bytes) -> Admitted | str:
+        """Say which tenant's blocks a client may use and how, or why none."""
+        name = tenant or DEFAULT
+        found = self._by_name.get(name)
+        self.tenants.reload()
+        mode = self.tenants.admits(name, peer.uid, credential, time.time())
+        if found is None or not mode:
+            # The same words for all: nobody learns which tenants there are.
+            return (
+                f"tenant {name!r} is not served to user {peer.uid} with what was given: run the "
+                "client as one of the tenant's users, or give its access key or a ticket"
+            )
+        return Admitted(found.engine, mode == "rw", found.limits)
+
+    def gone(self) -> list[str]:
+        """Return the tenants that are here and have been removed."""
+        self.tenants.reload()
+        return [name for name in list(self._by_name) if name not in self.tenants.names()]
+
+    def balance(self) -> None:
+        """Take in tenants that have come and go out with the removed ones; move memory between all.
+
+        May take its time: it evicts, opens and closes.
+        """
+        with self._lock:
+            if self._closed:
+                return
+            for name in self.gone():
+                self._leave(name)
+            for name in self.tenants.names():
+                if name not in self._by_name:
+                    self._open(name)
+                resident = self._by_name[name]
+                resident.quota = self.tenants.quota(name)
+                resident.limits.set(resident.quota.lookups_per_s, resident.quota.saved_bytes_per_s)
+            self._move()
+
+    def close(self) -> None:
+        """End all engines, give all memory back."""
+        with self._lock:
+            self._closed = True
+            for resident in self._by_name.values():
+                resident.engine.close()
+                resident.memory.close()
+
+    def _move(self) -> None:
+        """Lower the limits of those over their shares first, then raise those of the others."""
+        total = self._config.memory_bytes
+        wanted = {name: self._want(each) for name, each in self._by_name.items()}
+        target = shares(total, wanted)
+        # What nobody wants now is there for whoever comes first.
+        rest = total - sum(target.values())
+        more = {
+            name: want._replace(want_bytes=total, reserved_bytes=target[name])
+            for name, want in wanted.items()
+        }
+        target = shares(total, more) if rest > 0 else target
+        held = 0
+        for name, each in self._by_name.items():
+            each.limit_bytes = min(each.limit_bytes, target[name])
+            if each.engine.memory_bytes() > each.limit_bytes:
+                held += max(each.limit_bytes, each.engine.limit(each.limit_bytes))
+            else:
+                each.engine.limit(each.limit_bytes)
+                held += each.limit_bytes
+        left = total - held
+        for name, each in self._by_name.items():
+            step = min(left, target[name] - each.limit_bytes)
+            if step > 0:
+                each.limit_bytes += step
+                left -= step
+                each.engine.limit(each.limit_bytes)
+
+    def _want(self, each: Resident) -> Want:
+        """Say what a tenant holds, and that it wants more if it has evicted or refused."""
+        used = each.engine.memory_bytes()
+        pressed = each.engine.pressed()
+        if pressed != each.pressed:
+            used += max(used // GROW, self._config.memory_bytes // STEP_SHARE)
+        each.pressed = pressed
+        quota = each.quota
+        want = max(used, quota.reserved_bytes)
+        return Want(want, quota.reserved_bytes, quota.maximum_bytes, quota.weight)
+
+    def _open(self, name: str) -> None:
+        quota = self.tenants.quota(name)
+        config = self._config_of(name, quota)
+        memory = Shared(config.memory_bytes, name)
+        try:
+            memory.arena.limit(0 if len(self.tenants.names()) > 1 else config.memory_bytes)
+            engine = Engine(config, memory.arena, name, self.tenants)
+            engine.settle()  # no client is to wait for compiled loops to be loaded
+        except BaseException:
+            memory.close()
+            raise
+        self._by_name[name] = Resident(engine, memory, quota)
+
+    def _leave(self, name: str) -> None:
+        """Close a removed tenant's engine, and remove what it has kept on disk."""
+        resident = self._by_name.pop(name)
+        resident.engine.close()
+        resident.memory.close()
+        disk = resident.engine.config.disk
+        if disk is not None:
+            shutil.rmtree(disk.path, ignore_errors=True)
+
+    def _config_of(self, name: str, quota: Quota) -> Config:
+        """Return a tenant's settings: the daemon's, with a place of its own in each tier."""
+        config = self._config
+        most = config.memory_bytes if quota.maximum_bytes is None else quota.maximum_bytes
+        changes: dict[str, object] = {
+            "memory_bytes": max(PAGE_BYTES * 16, min(most, config.memory_bytes))
+        }
+        if name == DEFAULT:
+            return msgspec.structs.replace(config, **changes)
+        changes["secret"] = None
+        if config.disk is not None:
+            size = quota.disk_bytes or config.disk.size_bytes // DISK_SHARE
+            path = str(Path(config.disk.path) / f"tenant.{name}")
+            changes["disk"] = msgspec.structs.replace(config.disk, path=path, size_bytes=size)
+        if config.valkey is not None:
+            prefix = f"{config.valkey.prefix}{name}:"
+            changes["valkey"] = msgspec.structs.replace(config.valkey, prefix=prefix)
+        if config.objects is not None:
+            url = f"{config.objects.url.rstrip('/')}/{name}"
+            changes["objects"] = msgspec.structs.replace(config.objects, url=url)
+        return msgspec.structs.replace(config, **changes)
