@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from kvengine.config import Objects, Valkey
     from kvengine.seal import Sealer
+    from kvengine.tenants import Quota, Tenants
     from kvengine.tiers.remote import Client
     from kvengine.tiers.scrub import Report
     from kvengine.trace import Trace as Requests
@@ -42,6 +43,10 @@ configuration = App(name="config", help="The settings: their values, where each 
 app.command(configuration)
 traces = App(name="trace", help="Traces of requests: what policies make of them, other formats.")
 app.command(traces)
+tenants = App(name="tenants", help="Who may use a daemon's blocks, and how much of it.")
+app.command(tenants)
+epochs = App(name="epoch", help="Make older blocks unreachable, wherever they are.")
+app.command(epochs)
 
 Url = Annotated[str | None, Parameter(help="As in 'mem://?size=4G | file:///var/cache/kv'.")]
 File = Annotated[Path | None, Parameter(help="A TOML file with settings.")]
@@ -132,6 +137,115 @@ def stats(url: Url = None, /, *, settings: Settings = None, as_json: Json = Fals
     for name, ratio in _shadows(found).items():
         table.add_row(f"shadow_{name}_hit_ratio", f"{ratio:.4f}")
     _console().print(table)
+    return 0
+
+
+Home = Annotated[
+    Path, Parameter(help="The directory of a daemon's disk tier, or the file that tenants are in.")
+]
+Users = Annotated[str, Parameter(help="Numbers of users that need no key, as in 1001,1002.")]
+Size = Annotated[str | None, Parameter(help="As in 4G; none: no limit of its own.")]
+Weight = Annotated[float | None, Parameter(help="Its part of what nobody has reserved.")]
+PerSecond = Annotated[str | None, Parameter(help="As in 5000 or 1G; none: no limit.")]
+
+
+@tenants.command(name="add")
+def add_tenant(
+    home: Home,
+    name: str,
+    /,
+    *,
+    users: Users = "",
+    reserved: Size = None,
+    maximum: Size = None,
+    disk: Size = None,
+    weight: Weight = None,
+    lookups: PerSecond = None,
+    saves: PerSecond = None,
+    public: Annotated[
+        bool, Parameter(help="Let every tenant read its blocks.", negative="")
+    ] = False,
+    gateway: Annotated[
+        bool, Parameter(help="Add what signs tickets of tenants, no tenant.", negative="")
+    ] = False,
+    serves: Annotated[str, Parameter(help="A gateway's tenants, as in a,b; all if none.")] = "",
+) -> int:
+    """Add a tenant, and print its access key: it is shown this once. A running daemon takes it in.
+
+    The key goes into a client's setting daemon.key; of a gateway it is what signs tickets.
+    """
+    from kvengine.tenants import UNLIMITED
+
+    quota = _quota(UNLIMITED, reserved, maximum, disk, weight, lookups, saves)
+    numbers = _numbers(users)
+    served = tuple(each for each in serves.split(",") if each)
+    key = _tenants(home, make=True).add(
+        name, users=numbers, quota=quota, public=public, gateway=gateway, serves=served
+    )
+    print(key.hex())
+    return 0
+
+
+@tenants.command(name="list")
+def list_tenants(home: Home, /, *, as_json: Json = False) -> int:
+    """List tenants and gateways, and what each may take."""
+    import msgspec
+
+    found = _tenants(home)
+    rows: list[dict[str, Any]] = [
+        {"name": name, "epoch": found.epoch(name), "public": found.is_public(name)}
+        | msgspec.to_builtins(found.quota(name))
+        for name in found.names()
+    ]
+    if as_json:
+        print(json.dumps({"tenants": rows, "gateways": found.gateways()}))
+        return 0
+    table = Table(*rows[0], box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(escape(_value(value)) for value in row.values()))
+    _console().print(table)
+    for name in found.gateways():
+        print(f"gateway {name}")
+    return 0
+
+
+@tenants.command(name="quota")
+def change_quota(
+    home: Home,
+    name: str,
+    /,
+    *,
+    reserved: Size = None,
+    maximum: Size = None,
+    disk: Size = None,
+    weight: Weight = None,
+    lookups: PerSecond = None,
+    saves: PerSecond = None,
+) -> int:
+    """Change what a tenant is promised and may take; what is not given stays. At once."""
+    found = _tenants(home)
+    quota = _quota(found.quota(name), reserved, maximum, disk, weight, lookups, saves)
+    found.set_quota(name, quota)
+    return 0
+
+
+@tenants.command(name="drop")
+def drop_tenant(home: Home, name: str, /) -> int:
+    """Forget a tenant: its clients are turned away, its blocks can be found by nobody any more."""
+    _tenants(home).remove(name)
+    return 0
+
+
+@epochs.command
+def bump(
+    home: Home,
+    tenant: str,
+    /,
+    *,
+    model: Annotated[str, Parameter(help="Of this model alone; of all its models if none.")] = "",
+) -> int:
+    """Make all blocks that a tenant has saved so far unreachable, at once; print the new epoch."""
+    print(_tenants(home).raise_epoch(tenant, model))
     return 0
 
 
@@ -600,6 +714,69 @@ def _show_replay(facts: Mapping[str, object]) -> None:
         else:
             table.add_row(name, f"{value:.4f}" if isinstance(value, float) else str(value))
     _console().print(table)
+
+
+def _tenants(home: Path, make: bool = False) -> "Tenants":
+    """Open what is kept of tenants. Raises ConfigError where there is nothing, unless to `make`."""
+    from kvengine.tenants import Tenants
+
+    path = home / "tenants.json" if home.is_dir() else home
+    if not path.exists() and not (make and home.is_dir()):
+        raise ConfigError(
+            f"{home}: there is no such file or directory of a daemon: start `kvengine serve` once, "
+            "or name the directory of its disk tier"
+        )
+    return Tenants(path)
+
+
+def _quota(
+    quota: "Quota",
+    reserved: str | None,
+    maximum: str | None,
+    disk: str | None,
+    weight: float | None,
+    lookups: str | None,
+    saves: str | None,
+) -> "Quota":
+    """Change a quota by what is given. Raises ConfigError for what is no size or weight."""
+    import msgspec
+
+    changes: dict[str, object] = {}
+    sizes = {
+        "reserved_bytes": ("--reserved", reserved),
+        "maximum_bytes": ("--maximum", maximum),
+        "disk_bytes": ("--disk", disk),
+        "lookups_per_s": ("--lookups", lookups),
+        "saved_bytes_per_s": ("--saves", saves),
+    }
+    for field, (option, given) in sizes.items():
+        if given is not None:
+            none = 0 if field == "reserved_bytes" else None
+            changes[field] = none if given == "none" else _size(option, given)
+    if weight is not None:
+        if not 0 < weight < 1e6:
+            raise ConfigError(f"--weight {weight}: expected a number above 0")
+        changes["weight"] = weight
+    return msgspec.structs.replace(quota, **changes)
+
+
+def _size(option: str, given: str) -> int:
+    from kvengine.config import size_bytes
+
+    try:
+        found = size_bytes(given)
+    except ValueError:
+        found = 0
+    if not found:
+        raise ConfigError(f"{option} {given}: expected a number above 0, as in 512M or 4G, or none")
+    return found
+
+
+def _numbers(users: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(each) for each in users.split(",") if each)
+    except ValueError:
+        raise ConfigError(f"--users {users}: expected numbers of users, as in 1001,1002") from None
 
 
 def _options(settings: list[str] | None) -> Mapping[str, object]:

@@ -34,6 +34,7 @@ MEMORY_BYTES_MIN = 64 * KIB
 SEGMENT_BYTES = 256 * MIB
 SEGMENT_BYTES_MIN = 64 * KIB
 SECRET_BYTES = 32
+TICKET_BYTES = 40
 PREFIX = "KVENGINE_"
 # Variables that are read by the tests of this project, not by the engine.
 FOREIGN = frozenset({"KVENGINE_REQUIRE_ALL"})
@@ -204,7 +205,7 @@ def _record(value: object) -> str:
     return "" if value == "" else _path(value)
 
 
-def _secret(value: object) -> Secret | None:
+def _secret(value: object, sizes: tuple[int, ...] = (SECRET_BYTES,)) -> Secret | None:
     if value is None:
         return None
     if isinstance(value, str):
@@ -212,9 +213,13 @@ def _secret(value: object) -> Secret | None:
             value = bytes.fromhex(value)
         else:
             value = _secret_of_file(Path(value).expanduser())
-    if not isinstance(value, bytes) or len(value) != SECRET_BYTES:
+    if not isinstance(value, bytes) or len(value) not in sizes:
         raise ValueError
     return Secret(value)
+
+
+def _credential(value: object) -> Secret | None:
+    return _secret(value, (SECRET_BYTES, TICKET_BYTES))
 
 
 def _secret_of_file(path: Path) -> bytes:
@@ -281,7 +286,9 @@ SETTINGS: Mapping[str, Setting] = MappingProxyType(
         "objects.connections": Setting(_threads, "a number of connections from 1 to 256"),
         "daemon.socket": Setting(_path, "the path of a daemon's socket"),
         "daemon.tenant": Setting(_text, "the name of a tenant"),
-        "daemon.key": Setting(_password, "the key of a tenant"),
+        "daemon.key": Setting(
+            _credential, "a tenant's access key (64 hex digits), a ticket (80), or a file of one"
+        ),
         "daemon.timeout_s": Setting(_seconds, "a number of seconds above 0, up to 86400"),
         "policy": Setting(_policy, f"the name of a policy: {', '.join(POLICIES)}"),
         "shadow": Setting(_policies, f"names of policies, as in arc,s3fifo: {', '.join(POLICIES)}"),

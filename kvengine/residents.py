@@ -99,6 +99,10 @@ class Residents:
         """Return the engines by the names of their tenants."""
         return {name: each.engine for name, each in list(self._by_name.items())}
 
+    def residents(self) -> list[Resident]:
+        """Return all who are here."""
+        return list(self._by_name.values())
+
     def descriptors(self, tenant: str, writable: bool) -> list[int]:
         """Give what a client of a tenant maps."""
         return self._by_name[tenant].memory.descriptors(writable)
@@ -147,6 +151,7 @@ class Residents:
             for resident in self._by_name.values():
                 resident.engine.close()
                 resident.memory.close()
+            self._by_name = {}
 
     def _move(self) -> None:
         """Lower the limits of those over their shares first, then raise those of the others."""

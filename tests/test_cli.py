@@ -11,6 +11,7 @@ import pytest
 import kvengine
 from kvengine import cli, errors
 from kvengine.config import Config
+from kvengine.tenants import Tenants, sign
 
 
 @pytest.fixture(autouse=True)
@@ -155,3 +156,48 @@ def test_installed_command_is_this_one() -> None:
     command = Path(sys.executable).with_name("kvengine")
     done = subprocess.run([command, "--version"], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, kvengine.__version__)
+
+
+def test_tenants_are_added_listed_changed_and_dropped(capsys, tmp_path: Path) -> None:
+    home = str(tmp_path)
+    assert "start `kvengine serve` once" in fails(capsys, "tenants", "list", home + "/no")
+    add = ["tenants", "add", home, "acme", "--users", "1001", "--reserved", "1G", "--saves", "100M"]
+    assert cli.run(add) == 0
+    key = bytes.fromhex(capsys.readouterr().out.strip())
+    assert cli.run(["tenants", "add", home, "front", "--gateway", "--serves", "acme"]) == 0
+    gateway = bytes.fromhex(capsys.readouterr().out.strip())
+    assert cli.run(["tenants", "quota", home, "acme", "--maximum", "2G", "--saves", "none"]) == 0
+    assert cli.run(["tenants", "list", home, "--json"]) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["gateways"] == ["front"]
+    acme = next(row for row in shown["tenants"] if row["name"] == "acme")
+    assert (acme["reserved_bytes"], acme["maximum_bytes"]) == (1 << 30, 2 << 30)
+    assert acme["saved_bytes_per_s"] is None and not acme["public"]
+    assert cli.run(["tenants", "list", home]) == 0
+    table = capsys.readouterr().out
+    assert "acme" in table and "gateway front" in table
+    found = Tenants(tmp_path / "tenants.json")
+    assert found.admits("acme", 5, key, 0.0) == found.admits("acme", 1001, b"", 0.0) == "rw"
+    assert found.admits("acme", 5, sign(gateway, "acme", 9.0), 0.0) == "rw"
+    for wrong, expected in (
+        (["tenants", "add", home, "acme"], "already"),
+        (["tenants", "add", home, "Acme!"], "a tenant's name is"),
+        (["tenants", "add", home, "b", "--users", "x"], "numbers of users"),
+        (["tenants", "quota", home, "acme", "--reserved", "lots"], "expected a number above 0"),
+        (["tenants", "quota", home, "acme", "--weight", "0"], "expected a number above 0"),
+        (["tenants", "quota", home, "acme", "--maximum", "1M"], "reserve no more"),
+        (["tenants", "quota", home, "other", "--maximum", "1M"], "no tenant 'other'"),
+        (["tenants", "drop", home, "default"], "stays"),
+    ):
+        assert expected in fails(capsys, *wrong)
+    assert cli.run(["tenants", "drop", home, "acme"]) == 0
+    assert found.reload() and found.names() == ["default"]
+
+
+def test_an_epoch_is_bumped(capsys, tmp_path: Path) -> None:
+    assert cli.run(["tenants", "add", str(tmp_path), "acme"]) == 0
+    capsys.readouterr()
+    for arguments, expected in ([], "1"), (["--model", "m"], "2"), ([], "2"):
+        assert cli.run(["epoch", "bump", str(tmp_path), "acme", *arguments]) == 0
+        assert capsys.readouterr().out == expected + "\n"
+    assert Tenants(tmp_path / "tenants.json").epoch("acme", "m") == 3

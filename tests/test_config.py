@@ -289,7 +289,7 @@ def test_every_setting_can_come_from_the_environment():
     daemon = {
         "KVENGINE_DAEMON_SOCKET": "/run/kv.sock",
         "KVENGINE_DAEMON_TENANT": "t",
-        "KVENGINE_DAEMON_KEY": "key",
+        "KVENGINE_DAEMON_KEY": "ab" * 32,
         "KVENGINE_DAEMON_TIMEOUT_S": "2",
     }
     assert set(environ) | set(daemon) == set(ENVIRONMENT_OF.values())
@@ -480,8 +480,8 @@ def test_a_daemon_is_named_alone():
     assert config == Config(
         daemon=Daemon(socket="/run/kv.sock", tenant="t", timeout_s=2), threads=3
     )
-    environ = {"KVENGINE_DAEMON_SOCKET": "/run/kv.sock", "KVENGINE_DAEMON_KEY": "very secret"}
+    environ = {"KVENGINE_DAEMON_SOCKET": "/run/kv.sock", "KVENGINE_DAEMON_KEY": "5e" * 40}
     config, _ = Config.load(environ=environ)
-    assert config.daemon.key == b"very secret" and "very secret" not in str(config.shown())
+    assert config.daemon.key == b"\x5e" * 40 and "5e5e" not in str(config.shown())
     with pytest.raises(ConfigError, match="a daemon's socket is given, and tiers as well"):
         Config.load("file:///kv", environ=environ)

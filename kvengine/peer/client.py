@@ -459,7 +459,8 @@ class Client:
 
     def _connect(self) -> Proxy:
         daemon = self._daemon
-        return Proxy(daemon.socket, daemon.tenant, daemon.key or b"", True, daemon.timeout_s)
+        key = bytes(daemon.key or b"")
+        return Proxy(daemon.socket, daemon.tenant, key, True, daemon.timeout_s)
 
     def _for(self, keys: BlockKeys) -> Proxy | None:
         """Return who to ask about these keys; None where nothing is held under them."""
