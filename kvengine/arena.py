@@ -147,6 +147,8 @@ class Arena(Slab):
         bytes are in use still; call again when more of them have been evicted.
         """
         self.limit_pages = min(nbytes, self.nbytes) // PAGE_BYTES
+        if not self.is_whole:
+            self.stop()  # of `populate`
         if self.generations is not None and self.backed_pages > self.limit_pages:
             for known in self._classes.values():
                 for start, size in _runs(np.sort(known.free[: known.count]), known.pages):

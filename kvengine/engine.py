@@ -646,6 +646,11 @@ class Engine:
         return self._store
 
     @property
+    def tenants(self) -> Tenants:
+        """Whose blocks there may be."""
+        return self._tenants
+
+    @property
     def asks(self) -> bool:
         """Whether a look-up may wait for the answer of a remote tier."""
         return bool(self._finder)

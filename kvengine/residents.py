@@ -24,16 +24,11 @@ from kvengine.engine import Engine
 from kvengine.peer.service import Admitted, Peer
 from kvengine.shares import Limits, Want, shares
 from kvengine.slab import PAGE_BYTES, Slab, reader, shared
-from kvengine.tenants import DEFAULT, Quota, Tenants
+from kvengine.tenants import DEFAULT, UNLIMITED, Quota, Tenants
 
 GROW = 4  # a tenant that evicts asks for a quarter more than it holds
 STEP_SHARE = 64  # and for this part of all memory at least
 DISK_SHARE = 8  # of the daemon's directory size, for a tenant that has no size of its own
-
-
-def kept(config: Config) -> Path | None:
-    """Return where a daemon's tenants are kept: beside its disk tier. None: in memory."""
-    return None if config.disk is None else Path(config.disk.path) / "tenants.json"
 
 
 def label(tenant: str) -> str:
@@ -86,14 +81,23 @@ class Resident:
 
 
 class Residents:
-    """See the module. Any thread may call any verb. The first `balance` opens all tenants."""
+    """See the module. Any thread may call any verb. The first `balance` opens all tenants.
 
-    def __init__(self, config: Config, tenants: Tenants) -> None:
-        self.tenants = tenants
+    tenants: None for those that the directory of the disk tier has.
+    """
+
+    def __init__(self, config: Config, tenants: Tenants | None = None) -> None:
+        self._tenants = tenants
         self._config = config
         self._lock = threading.Lock()  # of what changes: who is here, who holds how much
         self._by_name: dict[str, Resident] = {}
         self._closed = False
+
+    @property
+    def tenants(self) -> Tenants:
+        """Who may be here. Those of a directory are known once the default tenant is open."""
+        assert self._tenants is not None
+        return self._tenants
 
     def engines(self) -> dict[str, Engine]:
         """Return the engines by the names of their tenants."""
@@ -134,6 +138,9 @@ class Residents:
         with self._lock:
             if self._closed:
                 return
+            if self._tenants is None:
+                self._open(DEFAULT)
+                self._tenants = self._by_name[DEFAULT].engine.tenants
             for name in self.gone():
                 self._leave(name)
             for name in self.tenants.names():
@@ -193,12 +200,14 @@ class Residents:
         return Want(want, quota.reserved_bytes, quota.maximum_bytes, quota.weight)
 
     def _open(self, name: str) -> None:
-        quota = self.tenants.quota(name)
+        tenants = self._tenants
+        quota = UNLIMITED if tenants is None else tenants.quota(name)
         config = self._config_of(name, quota)
         memory = Shared(config.memory_bytes, name)
         try:
-            memory.arena.limit(0 if len(self.tenants.names()) > 1 else config.memory_bytes)
-            engine = Engine(config, memory.arena, name, self.tenants)
+            if tenants is not None and len(tenants.names()) > 1:
+                memory.arena.limit(0)  # until it is known who holds how much
+            engine = Engine(config, memory.arena, name, tenants)
             engine.settle()  # no client is to wait for compiled loops to be loaded
         except BaseException:
             memory.close()

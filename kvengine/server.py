@@ -28,7 +28,7 @@ from kvengine.errors import ConfigError, DirectoryInUse
 from kvengine.metrics import text_of
 from kvengine.peer import messages as m
 from kvengine.peer.service import Action, End, Forget, Later, Peer, Send, Service
-from kvengine.residents import Residents, kept, label
+from kvengine.residents import Residents, label
 from kvengine.tenants import Tenants
 from kvengine.workers import Workers
 
@@ -63,7 +63,7 @@ class Server:
     """Serve engines to the other processes of this host, until `stop`.
 
     `path` is the socket. Raises ConfigError where it cannot be made, DirectoryInUse where another
-    daemon serves it. `tenants` are those of the disk tier's directory if None.
+    daemon serves it. `tenants`: those that the disk tier's directory has if None.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Server:
         tenants: Tenants | None = None,
     ) -> None:
         self.path = Path(path)
-        self._residents = Residents(config, tenants or Tenants(kept(config), config.secret))
+        self._residents = Residents(config, tenants)
         self.service = Service(self._residents.admit, os.urandom)
         self._stopping = threading.Event()
         self._ready = self._closed = False

@@ -12,8 +12,9 @@ from kvengine.config import Config
 from kvengine.keys import FORMAT_VERSION, Identity
 from kvengine.metrics import Metrics
 from kvengine.peer import messages as m
-from kvengine.peer.service import Action, End, Forget, Later, Peer, Send, Service
+from kvengine.peer.service import Action, Admitted, End, Forget, Later, Peer, Send, Service
 from kvengine.policy.lru import LRU
+from kvengine.shares import Limits
 from kvengine.slab import PAGE_BYTES
 from kvengine.store import Store
 
@@ -36,8 +37,8 @@ class House:
         self.store = Store(arena, LRU(), Metrics(), clock, float("inf"), 60.0)
         self.current = 0
 
-    def epoch(self) -> int:
-        return self.current
+    def is_current(self, namespace) -> bool:
+        return namespace.identity.epoch == self.current
 
     def space(self, identity, layout, smaller, ttl_s):
         forms = forms_of(identity["fidelity"], layout, smaller=smaller)
@@ -93,8 +94,9 @@ class Wire:
         self.forgotten: set[int] = set()
         self.now = 0.0
 
-    def _admit(self, peer: Peer, tenant: str, key: bytes) -> House | str:
-        return self.houses.get(tenant or "default", "no such tenant")
+    def _admit(self, peer: Peer, tenant: str, key: bytes) -> Admitted | str:
+        house = self.houses.get(tenant or "default")
+        return "no such tenant" if house is None else Admitted(house, True, Limits())
 
     def at(self, now: float) -> None:
         """Let time pass, and deadlines come."""

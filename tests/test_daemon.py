@@ -132,7 +132,8 @@ def test_what_one_process_saves_another_loads(daemon):
         assert engine.drop_all() == 1 and engine.probe(keys) == 0
         assert engine.probe(keys_of(engine, 8)) == 0
         assert daemon.get("/livez") == (200, "ok\n") == daemon.get("/readyz")
-        assert "kvengine_saved_blocks_total 8.0" in daemon.get("/metrics")[1]
+        saved = 'kvengine_saved_blocks_total{tenant="default"} 8.0'
+        assert saved in daemon.get("/metrics")[1]
         assert daemon.get("/other")[0] == 404
 
 
