@@ -88,10 +88,11 @@ LAYERS = (
     ("engine", "peer.client"),
     ("",),
     ("residents", "adapters.checkpoint"),
-    ("replay", "server", "web", "adapters.torch", "adapters.jax", "adapters.vllm_identity"),
+    ("replay", "server", "web", "adapters.torch", "adapters.vllm_identity"),
     ("adapters.guard", "adapters.sglang_pools"),
     (
         "adapters.transformers_identity",
+        "adapters.jax",
         "adapters.sglang_identity",
         "adapters.vllm_requests",
         "demo.text",
