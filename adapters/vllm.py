@@ -56,10 +56,14 @@ LOADS = ("between_steps", "by_layer")
 
 @dataclass
 class StepMetadata(OffloadingConnectorMetadata):
-    """vLLM's, and the loads that this step computes with, and what it is a measurement of."""
+    """vLLM's, and the loads that this step computes with, and what it is a measurement of.
+
+    `idle`: it computes nothing.
+    """
 
     layered: list[Layered] = field(default_factory=list)
     prefill: Prefill | None = None
+    idle: bool = False
 
 
 class KVEngineConnector(OffloadingConnector):
@@ -167,7 +171,9 @@ class KVEngineConnector(OffloadingConnector):
         prefill = None
         if self._observes and not layered and not found.load_jobs:
             prefill = self._manager.measures(scheduler_output)
-        return StepMetadata(**vars(found), layered=list(layered.values()), prefill=prefill)
+        idle = not scheduler_output.total_num_scheduled_tokens
+        ours = {"layered": list(layered.values()), "prefill": prefill, "idle": idle}
+        return StepMetadata(**vars(found), **ours)
 
     # The worker's side. Without loads for the step, vLLM calls start_load_kv after the model.
 
@@ -196,6 +202,8 @@ class KVEngineConnector(OffloadingConnector):
         half = self._worker
         if half is not None:
             half.end_layers()
+            if getattr(self._connector_metadata, "idle", False):
+                half.linger()
         results = super().get_transfer_results(finished_req_ids)
         if half is not None:
             results.failed_recving.update(half.take_failed())

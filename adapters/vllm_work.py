@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from kvengine.transfer import Transfer
 
 WAIT_S = 5.0
+LINGER_S = 0.01  # what a request that comes meanwhile waits at most
 # Steps of which nothing is saved after one that computed with blocks that were not filled. vLLM
 # schedules at most so many ahead.
 DISTRUST_STEPS = 3
@@ -118,6 +119,18 @@ class KVEngineWorker(OffloadingWorker):
             self._results.append(TransferResult(job_id, True, nbytes, seconds))
         taken, self._results = self._results, []
         return taken
+
+    @border(NONE)
+    def linger(self) -> None:
+        """Wait a moment for a load, in a step that computes nothing.
+
+        vLLM asks again at once, for as long as it has nothing else to do, and would keep a core
+        and the interpreter from the threads that load.
+        """
+        for job in self._jobs.values():
+            for transfer in job.transfers if job.is_load else ():
+                if transfer is not None and not transfer.wait(LINGER_S):
+                    return
 
     def _over(self, job: Job) -> bool:
         return all(each is None or self._done(each) for each in job.transfers)
