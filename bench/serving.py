@@ -42,7 +42,7 @@ LENGTHS = (1024, 3500)
 QUESTION_TOKENS = 12  # of a prompt that are never held
 VOCABULARY = 40_000
 PAIRS, DECODED, PREFILLED = 20, 48, 1024
-SERVER_BLOCKS, SERVER_LEN = 160, 4096  # a paged cache that does not hold every prompt
+SERVER_BLOCKS, SERVER_LEN = 96, 3072  # a paged cache that does not hold every prompt
 START_S, REQUEST_S = 180.0, 300.0
 BENCH = "serving"
 
@@ -275,6 +275,9 @@ def workloads(count: int) -> dict[str, list[Request]]:
     found["long context"] = [
         Request(next(times_), books[number % 2] + text(32)) for number in range(max(4, count // 2))
     ]
+    # Users who come back with a question more, after others have had the paged cache.
+    back, times_ = found["chat"][2::3] + found["documents"][:2], arrivals(1.5)
+    found["returning"] = [Request(next(times_), each.prompt + text(32)) for each in back]
     return found
 
 

@@ -206,3 +206,14 @@ def test_aborted_and_preempted_requests_leave_nothing(vllm: Vllm, load: str) -> 
     assert (found["leases"], found["asked"], found["held"]) == (0, 0, 0)
     assert found["aborted"] > 150 and found["preempted"] > 5 and found["failed_loads"] > 5
     assert found["hits"] > 300 and found["compared"] > 5_000
+
+
+def test_windows_are_loaded(run: Runner) -> None:
+    """Full attention and a window: of the window's layers only the last blocks are loaded."""
+    model = run.folder / "windows"
+    run("tiny_model.py", model, "windows")
+    alone = run.result("vllm_windows.py", model)
+    found = run.result("vllm_windows.py", model, "mem://?size=64M")
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in alone]
+    assert [computed for _, computed in alone] == [320] * 6
+    assert [computed for _, computed in found] == [320, 32, 32, 32, 320, 32]
