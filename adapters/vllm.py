@@ -163,6 +163,17 @@ class KVEngineConnector(OffloadingConnector):
                 request.request_id, num_external_tokens, found
             )
 
+    def update_connector_output(self, connector_output: Any) -> None:
+        super().update_connector_output(connector_output)
+        if self._by_layer and connector_output.invalid_block_ids:
+            # vLLM has named these blocks, and those computed on them, and goes on to compute them
+            # anew; but a request that ends before that would leave them named, for others to find.
+            named = set(connector_output.invalid_block_ids)
+            for name in self._manager.requests:
+                for blocks in self._kv_cache_manager.get_block_ids(name):
+                    named.update(blocks)
+            self._kv_cache_manager.evict_blocks(named)
+
     def build_connector_meta(self, scheduler_output: Any) -> Any:
         found = super().build_connector_meta(scheduler_output)
         layered, self._layered = self._layered, {}

@@ -131,6 +131,11 @@ class KVEngineManager(OffloadingManager):
         self._stats_at = 0.0
 
     @property
+    def requests(self) -> list[str]:
+        """Name the requests that have come and not ended."""
+        return list(self._asked)
+
+    @property
     def leases(self) -> int:
         """Leases with blocks that are held for requests now."""
         waiting = [lease for asked in self._asked.values() for lease in asked.leases.values()]

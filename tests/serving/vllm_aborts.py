@@ -95,7 +95,10 @@ class Served:
             worker.start_load_kv(None)
             for name in self.pages:
                 worker.wait_for_layer_load(name)
-        read = [self._compute(name, count) for name, count in output.num_scheduled_tokens.items()]
+        # As in a model: a layer's K and V of all requests are written before attention reads any.
+        for name, count in output.num_scheduled_tokens.items():
+            self._write(name, count)
+        read = [self._read(name, count) for name, count in output.num_scheduled_tokens.items()]
         if not output.has_sync_kv_loads:
             worker.start_load_kv(None)
         worker.wait_for_save()
@@ -119,19 +122,24 @@ class Served:
         result = ModelRunnerOutput(names, indices, sampled, kv_connector_output=said)
         self.scheduler.update_from_output(output, result)
 
-    def _compute(self, name: str, count: int) -> list[Any]:
-        """Write the blocks that a step fills; return those that it reads, and what they held."""
+    def _write(self, name: str, count: int) -> None:
+        """Write the blocks that a step fills."""
         request = self.scheduler.requests[name]
         (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(name)
         end = request.num_computed_tokens
-        first = (end - count) // BLOCK_TOKENS
-        read = [
-            (blocks[at], self._content(request, at), self._held(blocks[at])) for at in range(first)
-        ]
-        for at in range(first, min(end // BLOCK_TOKENS, len(request.block_hashes))):
+        full = min(end // BLOCK_TOKENS, len(request.block_hashes))
+        for at in range((end - count) // BLOCK_TOKENS, full):
             for page in self.pages.values():
                 page[blocks[at]] = np.frombuffer(self._content(request, at), np.uint8)
-        return read
+
+    def _read(self, name: str, count: int) -> list[Any]:
+        """Return the blocks that a step computes with, what they are to hold, and what they do."""
+        request = self.scheduler.requests[name]
+        (blocks,) = self.scheduler.kv_cache_manager.get_block_ids(name)
+        first = (request.num_computed_tokens - count) // BLOCK_TOKENS
+        return [
+            (blocks[at], self._content(request, at), self._held(blocks[at])) for at in range(first)
+        ]
 
     def _content(self, request: Any, at: int) -> bytes:
         name = bytes(request.block_hashes[at])
