@@ -201,8 +201,8 @@ def test_two_connectors_over_a_filled_directory(cases: Cases, tmp_path: Path) ->
 
 @pytest.mark.parametrize("load", ["between_steps", "by_layer"])
 def test_aborted_and_preempted_requests_leave_nothing(vllm: Vllm, load: str) -> None:
-    """vLLM's scheduler without a model: by hand with 10000 in the place of 500."""
-    found = vllm.run.result("vllm_aborts.py", vllm.model, "500", load)
+    """vLLM's scheduler without a model: by hand with 10000 in the place of 2000."""
+    found = vllm.run.result("vllm_aborts.py", vllm.model, "2000", load)
     assert (found["leases"], found["asked"], found["held"]) == (0, 0, 0)
     assert found["aborted"] > 150 and found["preempted"] > 5 and found["failed_loads"] > 5
     assert found["hits"] > 300 and found["compared"] > 5_000
