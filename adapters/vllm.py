@@ -182,9 +182,12 @@ class KVEngineConnector(OffloadingConnector):
         prefill = None
         if self._observes and not layered and not found.load_jobs:
             prefill = self._manager.measures(scheduler_output)
-        idle = not scheduler_output.total_num_scheduled_tokens
-        ours = {"layered": list(layered.values()), "prefill": prefill, "idle": idle}
-        return StepMetadata(**vars(found), **ours)
+        return StepMetadata(
+            **vars(found),
+            layered=list(layered.values()),
+            prefill=prefill,
+            idle=not scheduler_output.total_num_scheduled_tokens,
+        )
 
     # The worker's side. Without loads for the step, vLLM calls start_load_kv after the model.
 

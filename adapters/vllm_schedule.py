@@ -180,6 +180,8 @@ class KVEngineManager(OffloadingManager):
             lease = self._match(asked, group.number, keys)
             count = 0 if lease.worth.start else lease.worth.stop
             held = [index < count for index in range(len(hashes))]
+            if lease.blocks and not count:  # all of it is sooner computed
+                asked.leases.pop(group.number).release()
             if count < len(hashes) and hashes[count] in self._saving:
                 asked.again_at = 0.0
         asked.held.update(zip(hashes, held, strict=True))

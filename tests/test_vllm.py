@@ -103,7 +103,7 @@ def test_halves(run: Runner) -> None:
     """What needs vLLM's classes and no model: misses, failed loads, errors, resets, refusals."""
     results = run.result("vllm_halves.py")
     assert {name: error for name, error in results.items() if error != "good"} == {}
-    assert len(results) == 18
+    assert len(results) == 20
 
 
 def test_first_process_computes_all(vllm: Vllm) -> None:

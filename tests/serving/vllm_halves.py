@@ -32,8 +32,9 @@ from vllm.v1.kv_offload.tiering.base import TransferJob
 from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
 from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
+from kvengine.adapters import checkpoint, vllm_attachment, vllm_identity
 from kvengine.adapters import vllm as adapter
-from kvengine.adapters import vllm_attachment, vllm_identity
+from kvengine.adapters.vllm_schedule import Prefill
 from kvengine.errors import ConfigError, ModelNotSupported
 
 LAYERS, BLOCKS, PAGE_BYTES, BLOCK_TOKENS = 3, 32, 4096, 16
@@ -48,7 +49,7 @@ def config(**changed: Any) -> OffloadingConfig:
     settings: dict[str, Any] = {
         "groups": changed.pop("groups", (OffloadingGroupConfig(BLOCK_TOKENS, ("a", "b", "c"), 0),)),
         "worker_kv_bytes_per_block": LAYERS * PAGE_BYTES,
-        "enable_kv_cache_events": False,
+        "enable_kv_cache_events": changed.pop("enable_kv_cache_events", False),
         "extra_config": extra,
         "engine_id": "engine",
         "model": OffloadingModelConfig("model", "float32"),
@@ -306,6 +307,41 @@ def errors_without_end_leave_the_engine_alone() -> None:
         assert manager.attachment.serves
 
 
+def what_is_sooner_computed_is_not_loaded() -> None:
+    step = SimpleNamespace(
+        num_scheduled_tokens={"b": 6 * BLOCK_TOKENS},
+        scheduled_cached_reqs=None,
+        scheduled_new_reqs=[SimpleNamespace(num_computed_tokens=0)],
+    )
+    for seconds, hits in ((1e-9, 0), (1e3, 6)):
+        with both(pages()) as (manager, worker):
+            save(manager, worker, context(manager, "a"), 6)
+            context(manager, "b", num_prompt_tokens=6 * BLOCK_TOKENS)
+            manager.settle("b")
+            prefill = manager.measures(step)
+            assert prefill == Prefill("", 0, 6 * BLOCK_TOKENS)
+            for number in range(8):
+                worker.observe(prefill, seconds)
+                load(manager, worker, context(manager, f"{number}"), 6, first=20)
+            assert looked_up(manager, context(manager, "c")) == found(hits)
+            step.num_scheduled_tokens["a"] = 1  # another's token is computed in the same step
+            assert manager.measures(step) is None
+            del step.num_scheduled_tokens["a"]
+
+
+def what_is_stored_is_told() -> None:
+    manager = adapter.KVEngineOffloadingSpec(config(enable_kv_cache_events=True)).get_manager()
+    worker = adapter.KVEngineOffloadingSpec(config()).get_worker(canonical(pages()))
+    try:
+        save(manager, worker, context(manager, "a"), 4)
+        (event,) = manager.take_events()
+        assert (event.keys, event.removed) == (HASHES[:4], False)
+        assert list(manager.take_events()) == []
+    finally:
+        worker.shutdown()
+        manager.shutdown()
+
+
 def a_reset_forgets() -> None:
     with both(pages()) as (manager, worker):
         save(manager, worker, context(manager, "a"), 3)
@@ -558,7 +594,7 @@ def weights_are_told_apart() -> None:
         place = Path(folder, "first")
         place.mkdir()
         (place / "config.json").write_text("{}")
-        (place / "model.safetensors").write_bytes(bytes(2 * vllm_identity.SMALL_BYTES))
+        (place / "model.safetensors").write_bytes(bytes(2 * checkpoint.SMALL_BYTES))
         moved = shutil.copytree(place, Path(folder, "second"))
 
         def revision(found: Path) -> str:
@@ -586,6 +622,8 @@ CHECKS = (
     layers_arrive_in_a_step,
     an_error_is_a_counted_miss,
     errors_without_end_leave_the_engine_alone,
+    what_is_sooner_computed_is_not_loaded,
+    what_is_stored_is_told,
     a_reset_forgets,
     adapters_and_media_are_told_apart_by_content,
     groups_are_kept_apart,
