@@ -174,6 +174,7 @@ def test_cases_in_one_vllm(cases: Cases, mode: str) -> None:
     assert len(errors) > 80
     assert {name for name, tokens in errors.items() if tokens != alone["shared"]} == set()
     assert found.pop("leases") == 0
+    assert found.pop("told") == ["CPU", "GPU"]
     for name, case in found.items():
         assert case["tokens"] == alone.get(name.split(",")[0], alone["shared"]), name
     computed = {name: case["computed"] for name, case in found.items()}

@@ -39,6 +39,7 @@ class Cases:
 
     def __init__(self, model: str, transfer: dict[str, Any] | None, by_layer: bool) -> None:
         from vllm import LLM, SamplingParams
+        from vllm.config import KVEventsConfig
         from vllm.lora.request import LoRARequest
 
         self.prefilled = vllm_generate.watch_prefill()
@@ -54,7 +55,13 @@ class Cases:
             max_lora_rank=8,
             num_gpu_blocks_override=POOL_BLOCKS if transfer else None,
             kv_transfer_config=transfer,
+            kv_events_config=KVEventsConfig(enable_kv_cache_events=True, publisher="null"),
             async_scheduling=False if by_layer else None,
+        )
+        self.told: set[str] = set()  # where vLLM has published that blocks are
+        publisher = self.llm.llm_engine.engine_core.engine_core.scheduler.kv_event_publisher
+        publisher.publish = lambda batch: self.told.update(
+            event.medium for event in batch.events if hasattr(event, "token_ids")
         )
         place = Path(model).parent
         self.lora = {
@@ -141,6 +148,7 @@ def with_kvengine(cases: Cases) -> dict[str, Any]:
     results["errors"] = planted_everywhere(cases, attachment)
     note("after errors", cases.shared)
     results["leases"] = manager.leases
+    results["told"] = sorted(cases.told)
     attachment.engine.check()
     return results
 
