@@ -42,7 +42,7 @@ LENGTHS = (1024, 3500)
 QUESTION_TOKENS = 12  # of a prompt that are never held
 VOCABULARY = 40_000
 PAIRS, DECODED, PREFILLED = 20, 48, 1024
-SERVER_BLOCKS, SERVER_LEN = 96, 3072  # a paged cache that does not hold every prompt
+SERVER_BLOCKS, SERVER_LEN = 96, 2560  # a paged cache that does not hold every prompt
 START_S, REQUEST_S = 180.0, 300.0
 BENCH = "serving"
 
