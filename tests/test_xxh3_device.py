@@ -12,7 +12,7 @@ import xxhash
 
 import gpu
 from kvengine.kernels import copy
-from test_copy import CASES, POISON, POOL, Case, Setup, check_caches
+from test_copy import CASES, POISON, POOL, Case, Setup, check_caches, heads_of, some_heads
 
 NAMED = {case.name: case for case in CASES}
 ONE_PASS = [
@@ -29,7 +29,7 @@ TWO_PASSES = [
     NAMED["just_over_240"],
     Case("off_by_eight", heads=4, dims=(256, 256), layers=2, blocks=(1,), lead=8),
 ]
-PARTS = "moves flips pairs ids spans".split()
+PARTS = "moves heads flips pairs ids spans".split()
 
 
 def test_a_device_gives_the_digests_of_the_host(require: Callable[[str], ModuleType]) -> None:
@@ -61,6 +61,20 @@ def moves() -> None:
             inside[1:3, 1] = True
             assert np.array_equal(digests[inside], setup.digests[inside])
             assert (digests[~inside] == POISON).all()
+
+
+def heads() -> None:
+    """A cache of some heads: whole segments are verified, and those heads of them copied."""
+    for name in ("paged_nhd", "slots_joined_hnd"):
+        setup = Setup(NAMED[name], place=gpu.reachable)
+        setup.memory[:] = setup.wanted
+        wanted, _ = heads_of(setup, 1, 2)
+        setup.moves = some_heads(setup, 1, 2)
+        assert (scatter(setup, setup.everything, setup.digests) == copy.GOOD).all(), name
+        assert all(map(np.array_equal, setup.caches, wanted)), name
+        setup.memory[setup.starts[1]] ^= 1  # of the other head
+        verdicts = scatter(setup, setup.everything, setup.digests)
+        assert verdicts[1, 0] == copy.BAD and (verdicts == copy.BAD).sum() == 1, name
 
 
 def gather(setup: Setup, ranges: tuple) -> np.ndarray:
