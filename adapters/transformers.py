@@ -29,7 +29,9 @@ from kvengine.adapters.transformers_identity import (
     check_layers,
     check_model,
     describe,
+    gaps_are_fine,
     mark,
+    positions,
     probe,
 )
 from kvengine.adapters.transformers_rows import Row, Rows, Stream, batch, rows_of
@@ -86,6 +88,7 @@ class PrefixCache:
         self._salt, self._measure, self._clock = salt, measure, clock
         self.guard = Guard(engine, "transformers", clock)
         self._mark = mark(model)
+        self._gaps: bool | None = None
         self._facts = describe(model, self.layout, revision)
         self._namespace()
 
@@ -227,6 +230,8 @@ class PrefixCache:
 
     def _load(self, rows: Rows, new_tokens: int, otherwise: Callable[[], AnyCache]) -> AnyCache:
         names, size = self._namespace(), self.layout.block_tokens
+        if (len(rows.rows) > 1 or new_tokens >= 0) and not self._gaps_fine():
+            return otherwise()
         leases: list[Lease] = []
         try:
             for row in rows.rows:
@@ -264,6 +269,12 @@ class PrefixCache:
                     each[:, :, : row.good] for each in (layer.keys, layer.values)
                 )
         return cache
+
+    def _gaps_fine(self) -> bool:
+        """Whether a row may have masked columns inside; tried once."""
+        if self._gaps is None:
+            self._gaps = gaps_are_fine(self.model)
+        return self._gaps
 
     def _room(self, cache: AnyCache, count: int, columns: int) -> list[Any]:
         """Give a new cache zeros for cached tokens: what is masked must still be a number."""
@@ -313,7 +324,6 @@ class PrefixCache:
         """Compute all but the last column, `size` columns at a time; blocks are saved meanwhile."""
         if size < 1:
             raise ModelNotSupported(f"chunk_tokens is {size}, expected a number of tokens above 0")
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         last = ids.shape[1] - 1
         for start in range(int(cache.get_seq_length()), last, size):
             stop = min(start + size, last)
@@ -321,7 +331,7 @@ class PrefixCache:
                 self.model(
                     ids[:, start:stop],
                     attention_mask=mask[:, :stop],
-                    position_ids=positions[:, start:stop],
+                    **positions(self.model, mask, start, stop),
                     past_key_values=cache,
                     use_cache=True,
                     logits_to_keep=1,

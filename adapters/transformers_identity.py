@@ -6,6 +6,7 @@ function of the tokens before it each time is refused by name. Tried with transf
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ PLACES = ("_name_or_path", "name_or_path", "transformers_version", "_commit_hash
 ROPE_BY_LENGTH = ("dynamic", "longrope")
 # Of K/V with and without later tokens: what kernels differ by is 0.01, another meaning is 1.
 CAUSAL_TOLERANCE = 0.1
+GAP = 64  # columns; as many tokens, half of them on each side
 
 
 Layer = Any  # transformers is not typed
@@ -204,6 +206,39 @@ def probe(model: Any, block_tokens: int) -> Layout:
         order="HND",
         paged=False,
     )
+
+
+def gaps_are_fine(model: Any) -> bool:
+    """Tell whether masked columns between two tokens change nothing of what follows.
+
+    Not so where a model reads distances off the columns (ALiBi of MPT).
+    """
+    config = model.config.get_text_config(decoder=True)
+    head, tail = (torch.arange(GAP)[None] + start for start in (0, GAP // 2))
+    head, tail = head[:, : GAP // 2] % config.vocab_size, tail[:, : GAP // 2] % config.vocab_size
+    found = []
+    for gap in (0, GAP):
+        cache = DynamicCache(config=config)
+        mask = torch.ones((1, GAP + gap), dtype=torch.long)
+        mask[:, GAP // 2 : GAP // 2 + gap] = 0
+        rest = torch.cat([tail[:, :1].expand(1, gap), tail], dim=1)
+        with torch.no_grad():
+            model(head, past_key_values=cache, use_cache=True)
+            columns = positions(model, mask, GAP // 2, GAP + gap)
+            made = model(
+                rest, attention_mask=mask, past_key_values=cache, use_cache=True, **columns
+            )
+        found.append(made.logits[:, -1].float())
+    plain, gapped = found
+    close = torch.linalg.norm(plain - gapped) <= CAUSAL_TOLERANCE * torch.linalg.norm(plain)
+    return bool(close)
+
+
+def positions(model: Any, mask: torch.Tensor, start: int, stop: int) -> dict[str, torch.Tensor]:
+    """Return the positions of some columns, as a model takes them that takes any."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"position_ids": (mask.cumsum(dim=1) - 1).clamp(min=0)[:, start:stop]}
 
 
 def pairs(layers: list[Layer]) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -2,8 +2,10 @@
 
 A row is  pads · cached tokens · gap · tail · what is generated.  Cached tokens end at one column in
 all rows, and so do prompts; pads and gap are masked, and positions count what is not, so a batch
-computes no more columns than its longest tail. Saves go along while tokens stream: each block as
-soon as it is full, from the tensors that the model has just made, which nobody writes again.
+computes no more columns than its longest tail. (Models that read distances off the columns are
+found out by trying; batches of theirs are computed whole.) Saves go along while tokens stream: each
+block as soon as it is full, from the tensors that the model has just made, which nobody writes
+again.
 """
 
 from __future__ import annotations

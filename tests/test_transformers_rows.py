@@ -31,7 +31,9 @@ def engine():
 
 @pytest.fixture
 def cache(engine, model):
-    return adapter.PrefixCache(engine, model, measure=False)
+    found = adapter.PrefixCache(engine, model, measure=False)
+    assert found._gaps_fine()  # before columns are counted
+    return found
 
 
 def padded(prompts: list[Any]) -> dict[str, Any]:
@@ -91,6 +93,33 @@ def test_prompts_with_different_cached_lengths(model, cache, held):
         expected = (whole.shape[1] - 1) // SIZE * SIZE
         assert cache.load(whole).get_seq_length() == expected
     cache.engine.check()
+
+
+FAMILIES = (
+    ("Mpt", {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 512}, False),
+    ("Bloom", {"hidden_size": 64, "n_layer": 3, "n_head": 4}, True),
+    ("GPTNeoX", {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}, True),
+)
+
+
+@pytest.mark.parametrize(("kind", "fields", "fine"), FAMILIES)
+def test_positions_of_other_kinds(engine, kind, fields, fine):
+    """Where distances are read off the columns, a batch is computed whole; one prompt is not."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")
+    config = config(vocab_size=512, initializer_range=0.2, use_cache=True, **fields)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    cache = adapter.PrefixCache(engine, model, measure=False)
+    prompts = [tokens(50, 0), tokens(33, 1), tokens(70, 2)]
+    given, options = padded(prompts), {**NEW, "use_cache": True, "pad_token_id": 511}
+    plain, alone = model.generate(**given, **options), model.generate(prompts[0], **options)
+    cache.prefill(prompts[0])
+    cache.prefill(prompts[2][:, :33])
+    assert torch.equal(cache.generate(**given, **options), plain)
+    assert torch.equal(cache.generate(prompts[0], **options, chunk_tokens=16), alone)
+    assert cache._gaps == fine
+    assert cache.load(prompts[2]).get_seq_length() == 64
+    assert engine.metrics.get("adapter_errors", adapter="transformers") == 0
 
 
 def test_a_batch_of_40(model, cache):
