@@ -9,6 +9,7 @@ import pytest
 
 import kvengine
 import rig
+import servers
 from kvengine import Engine, FrameError, Layout, LayoutError
 from kvengine.frame import frame_bytes
 from kvengine.layout import PARTS_MAX
@@ -127,6 +128,35 @@ def test_ranks_that_load_together_read_each_block_once(tmp_path):
                 job.result()
         assert engine.metrics.get("fetched_blocks") == BLOCKS
         engine.check()
+
+
+def test_engines_share_parts_through_a_remote_store(require):
+    """A byte that changes in any part there is a miss, and the block is deleted."""
+    of = layout()
+    whole, tokens, secret = rig.caches(of, POOL, 1), rig.prompt(BLOCKS, of), bytes(range(32))
+    with servers.Redis(require.program("redis-server")) as server:
+        url = f"mem://?size=16M | valkey://127.0.0.1:{server.port}"
+        with kvengine.open(url, secret=secret) as engine:
+            names = rig.names(engine, of)
+            save_as_ranks(engine, names, tokens, whole, ranks(of, RANKS))
+            assert engine.flush()
+        with kvengine.open(url, secret=secret) as engine:
+            names = rig.names(engine, of)
+            for degree in (2, 1):
+                for view in ranks(of, degree):
+                    check_loaded(engine, names, tokens, whole, view)
+            keys, nbytes = names.keys(tokens), engine._store.forms(names).usual.nbytes
+        with server.client() as client:
+            name = "kvengine:" + keys.key(2).hex()
+            value = bytearray(client.get(name))
+            assert len(value) == nbytes
+            value[-1] ^= 1
+            client.set(name, bytes(value))
+        with kvengine.open(url, secret=secret) as engine:
+            keys = rig.names(engine, of).part(heads=(0, 1)).keys(tokens)
+            loaded = rig.load(engine, keys, rig.caches(keys.namespace.view.layout, BLOCKS))
+            assert loaded.good.tolist() == [True, True, False, True, True]
+            assert rig.poll(lambda: engine.probe(keys) == 2)
 
 
 def test_slot_mappings_and_pipeline_ranges():
