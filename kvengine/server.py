@@ -16,7 +16,7 @@ import struct
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +38,7 @@ RECEIVE_BYTES = 1 << 18
 SOCKET_BYTES = 1 << 20
 READS_MAX = 4  # of one connection, before the others have their turn
 WORKERS = 4
+LOOKS = (m.Match, m.Probe, m.Contains)
 DRAIN_S = 10.0
 BALANCE_S = 0.25
 SO_PEERPIDFD = 77  # Linux 6.5
@@ -311,17 +312,33 @@ class Server:
                 return
 
     def _take(self, connection: Connection) -> None:
-        """Answer messages that have come, until one of them is to be waited for."""
+        """Answer messages that have come, until one of them is to be waited for.
+
+        Releases that come with a look-up are taken after it: nobody waits for them.
+        """
+        late: list[m.Release] = []
         while connection.waiting and not connection.held and not connection.ending:
             try:
                 message = self._coder.request(connection.waiting.popleft())
             except m.Wrong:
                 self._close(connection)
                 return
-            self._act(self.service.received(connection.number, message, time.monotonic()))
+            if isinstance(message, m.Release):
+                late.append(message)
+                continue
+            if late and not isinstance(message, LOOKS):
+                late = self._receive(connection, late)
+            self._receive(connection, [message])
             if connection.number not in self._by_number:
                 return
+        if late:
+            self._receive(connection, late)
         self._listen(connection)
+
+    def _receive(self, connection: Connection, messages: Sequence[m.Request]) -> list[m.Release]:
+        for message in messages:
+            self._act(self.service.received(connection.number, message, time.monotonic()))
+        return []
 
     def _act(self, actions: Iterable[Action]) -> None:
         for action in actions:

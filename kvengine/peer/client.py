@@ -203,11 +203,7 @@ class Client:
             return Lease(keys, EMPTY, 0, 0.0, _keep)
         if self._recorder is not None:
             self._recorder.asked(keys, request)
-        lease = proxy.match(keys, split, request)
-        self.metrics.add("lookup_blocks", len(keys))
-        if lease.blocks:
-            self.metrics.add("hit_blocks", lease.blocks, tier="daemon")
-        return lease
+        return proxy.match(keys, split, request)  # the daemon counts it
 
     def match_pools(
         self, tables: Sequence[BlockKeys], *, request: Request | None = None

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvengine.codec import Codec, Forms
 from kvengine.compiled import Int32s
@@ -46,8 +47,9 @@ class Hold:
 
     token: bytes
     slots: Slots
-    forms: Int32s  # numbers
-    generations: np.ndarray
+    usual: int
+    forms: Int32s | None  # numbers, where not all are the usual one
+    generations: NDArray[np.uint32]
     pinned: int = 0
     over: bool = False
 
@@ -188,12 +190,11 @@ class Proxy:
         if not isinstance(said, m.Leased) or not said.slots:
             return Lease(keys, EMPTY, 0, 0.0, self.release)
         slots = np.frombuffer(said.slots, dtype="<i4")
-        usual = self._spaces[keys.namespace.number].number
-        forms = np.full(len(slots), usual, dtype=np.int32)
+        usual, forms = self._spaces[keys.namespace.number].number, None
         if said.forms:
             forms = (usual & ~1) | np.frombuffer(said.forms, dtype=np.uint8).astype(np.int32)
         generations = np.frombuffer(said.generations, dtype="<u4")
-        hold = Hold(said.token, slots.copy(), forms, generations.copy())
+        hold = Hold(said.token, slots, usual, forms, generations)
         with self._lock:
             if self.lost or not self._free:
                 number = -1
@@ -204,7 +205,8 @@ class Proxy:
         if number < 0 or not self._fits(hold):
             self._tell(m.Release(0, said.token))
             return Lease(keys, EMPTY, 0, 0.0, self.release)
-        ids = np.arange(len(slots), dtype=np.int32) + np.int32(number << ROW_BITS)
+        first = number << ROW_BITS
+        ids = np.arange(first, first + len(slots), dtype=np.int32)
         deadline = time.monotonic() + said.lease_s
         lease = Lease(keys, ids, said.in_memory, deadline, self.release, said.token)
         lease.worth = range(said.first, min(said.stop, len(slots)))
@@ -212,18 +214,20 @@ class Proxy:
 
     def _fits(self, hold: Hold) -> bool:
         """Whether what the daemon says lies in the memory that is mapped."""
-        sizes = [self._sizes.get(number) for number in set(hold.forms.tolist())]
-        if None in sizes or len(hold.generations) != len(hold.slots):
-            return False
-        most = max(size for size in sizes if size is not None)
-        return self._holds_all(hold.slots, most, NO_SLOT)
+        numbers = {hold.usual} if hold.forms is None else set(hold.forms.tolist())
+        sizes = [self._sizes.get(number, 0) for number in numbers]
+        lengths = len(hold.slots) == len(hold.generations)
+        if hold.forms is not None:
+            lengths &= len(hold.forms) == len(hold.slots)
+        return lengths and all(sizes) and self._holds_all(hold.slots, max(sizes), NO_SLOT)
 
     def _holds_all(self, slots: Slots, nbytes: int, least: int) -> bool:
         """Whether slots of so many bytes lie in the memory that is mapped."""
         if not len(slots):
             return True
-        last = int(slots.max()) * PAGE_BYTES
-        return int(slots.min()) >= least and last + nbytes <= self.arena.nbytes
+        last = int(slots.max())
+        low = last if len(slots) == 1 else int(slots.min())
+        return low >= least and last * PAGE_BYTES + nbytes <= self.arena.nbytes
 
     def release(self, lease: Lease) -> None:
         """Let a lease's blocks go, once no transfer uses them. Idempotent."""
@@ -255,7 +259,11 @@ class Proxy:
             ids = lease.ids[first : first + count]
             hold.pinned += len(ids)
             part = slice(first, first + len(ids))
-            return ids, hold.slots[part].copy(), hold.forms[part]
+            if hold.forms is None:
+                forms = np.full(len(ids), hold.usual, dtype=np.int32)
+            else:
+                forms = hold.forms[part]
+            return ids, hold.slots[part], forms
 
     def repin(self, ids: Int32s) -> None:
         """Hold pinned blocks once more."""
@@ -476,6 +484,8 @@ class Proxy:
             if len(said.slots) == len(said.generations) == 4 * len(rows):
                 slots = np.frombuffer(said.slots, dtype="<i4")
                 if self._holds_all(slots, max(self._sizes.values()), NO_SLOT):
+                    # New arrays: loads may be looking at the old ones.
+                    hold.slots, hold.generations = hold.slots.copy(), hold.generations.copy()
                     hold.slots[rows] = slots
                     hold.generations[rows] = np.frombuffer(said.generations, dtype="<u4")
         waiting.ready()
