@@ -236,6 +236,24 @@ def drop_tenant(home: Home, name: str, /) -> int:
     return 0
 
 
+@tenants.command(name="rotate")
+def rotate_key(home: Home, name: str, /) -> int:
+    """Seal a tenant's blocks with a new key from now on, and print its number.
+
+    Those sealed before can still be read. Whoever has the directory open takes it up at once.
+    """
+    print(_tenants(home).rotate_key(name))
+    return 0
+
+
+@tenants.command(name="shred")
+def shred(home: Home, name: str, /) -> int:
+    """Forget a tenant's data keys: no block sealed so far can be read any more, wherever it is."""
+    count = _tenants(home).drop_keys(name)
+    print(f"{count} keys forgotten")
+    return 0
+
+
 @epochs.command
 def bump(
     home: Home,

@@ -266,6 +266,7 @@ class Tenants:
         """Return the number and the key that a tenant's blocks are sealed with from now on."""
         if tenant == DEFAULT and self._given:
             return _derived(self._given)
+        self.reload()
         if not self._record(tenant).data_keys:
             with self._changing() as records:
                 if not _of(records, tenant).data_keys:
@@ -279,13 +280,11 @@ class Tenants:
             known, key = _derived(self._given)
             if known == key_id:
                 return key
-        for fresh in (False, True):
-            if fresh and not self.reload():  # another process may have made it
-                break
-            for name, record in self._records.items():
-                for each in record.data_keys if tenant in (name, None) else ():
-                    if each.id == key_id:
-                        return bytes.fromhex(each.key)
+        self.reload()  # another process may have made it, or forgotten it
+        for name, record in self._records.items():
+            for each in record.data_keys if tenant in (name, None) else ():
+                if each.id == key_id:
+                    return bytes.fromhex(each.key)
         return None
 
     def rotate_key(self, tenant: str = DEFAULT) -> int:

@@ -248,11 +248,28 @@ def test_data_keys_are_kept_with_the_tenant(tmp_path):
     assert late.opening_key(made) == tenants.sealing_key()[1], "made by another process meanwhile"
     assert tenants.opening_key(first[0]) == first[1]
     assert tenants.drop_keys() == 2 and tenants.drop_keys() == 0
+    assert late.opening_key(made) is None, "forgotten everywhere, at once"
     assert tenants.opening_key(first[0]) is None and first[1].hex() not in path.read_text()
     assert Tenants(path).opening_key(second[0], "other") == second[1]
     assert tenants.sealing_key()[0] not in (first[0], made)
     tenants.remove("other")
     assert tenants.opening_key(second[0]) is None
+
+
+def test_keys_by_command(tmp_path, capsys):
+    path = tmp_path / "kv"
+    with open_(path) as engine:
+        save(engine)
+    assert cli.run(["tenants", "rotate", str(path), "default"]) == 0
+    number = int(capsys.readouterr().out)
+    with open_(path) as engine:
+        assert engine._tenants.sealing_key()[0] == number and again(engine).all()
+    assert cli.run(["tenants", "shred", str(path), "default"]) == 0
+    assert capsys.readouterr().out == "2 keys forgotten\n"
+    assert cli.run(["tenants", "shred", str(path), "nobody"]) == cli.BAD_INPUT
+    with open_(path) as engine:
+        assert not again(engine).any()
+        assert engine.metrics.get("unreadable_blocks", tier="disk") > 0
 
 
 def test_data_keys_are_those_of_the_identity():
