@@ -7,6 +7,7 @@ memcpy; look-ups with a million blocks resident, whose bytes nobody writes.
 
 import argparse
 import contextlib
+import mmap
 import os
 import signal
 import socket
@@ -108,11 +109,17 @@ def references(folder: Path, rounds: int) -> list[Row]:
         layers=LAYERS, kv_heads=HEADS, head_dim=DIM, head_dim_v=DIM, dtype="float16"
     )
     shape = (BLOCKS, TOKENS, HEADS, DIM)
-    source = np.random.default_rng(0).integers(0, 255, 256 * MIB, dtype=np.uint8)
-    target = np.ones(256 * MIB, dtype=np.uint8)
     with echo() as trip, daemon(folder, "mem://?size=640M") as url, opened(url) as engine:
+        # After the fork of `echo`, or each first write to a page would copy it.
+        source = np.random.default_rng(0).integers(0, 255, 256 * MIB, dtype=np.uint8)
+        target = np.ones(256 * MIB, dtype=np.uint8)
         names = engine.namespace(model="bench", layout=layout)
-        slab = np.random.default_rng(1).integers(0, 1 << 14, (LAYERS, 2, *shape), dtype=np.uint16)
+        # One slab for all layers, aligned, as serving engines allocate it.
+        memory = mmap.mmap(-1, LAYERS * 2 * BLOCKS * TOKENS * HEADS * DIM * 2)
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        slab = np.frombuffer(memory, dtype=np.uint16).reshape(LAYERS, 2, *shape)
+        slab[:] = np.random.default_rng(1).integers(0, 1 << 14, slab.shape[1:], dtype=np.uint16)
+        slab ^= np.arange(LAYERS, dtype=np.uint16)[:, None, None, None, None, None]
         arrays = [(each[0], each[1]) for each in slab.view(np.float16)]
         cache = engine.cache(names, arrays)
         engine.warm()
