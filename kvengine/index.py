@@ -47,6 +47,47 @@ def _find(words: Int64s, count: int, keys: Int64s, table: Int32s, mask: int, ids
 
 
 @compiled
+def _prefix(
+    words: Int64s,
+    count: int,
+    keys: Int64s,
+    table: Int32s,
+    mask: int,
+    rows: Int32s,
+    namespace: int,
+    bits: int,
+    ids: Int32s,
+) -> tuple[int, int]:
+    # Writes the ids of the leading keys that are held, in memory or a tier of `bits`. Returns how
+    # many there are, and how many of them, leading, are in memory.
+    in_memory = -1
+    for i in range(count):
+        at = words[4 * i] & mask
+        while True:
+            row = table[at]
+            if row < 0:
+                return i, i if in_memory < 0 else in_memory
+            if (
+                keys[4 * row] == words[4 * i]
+                and keys[4 * row + 1] == words[4 * i + 1]
+                and keys[4 * row + 2] == words[4 * i + 2]
+                and keys[4 * row + 3] == words[4 * i + 3]
+            ):
+                break
+            at = (at + 1) & mask
+        state = rows[4 * row + 3]
+        if rows[4 * row + 2] >> 1 != namespace >> 1 or state & 0xFF != 2:
+            return i, i if in_memory < 0 else in_memory
+        if rows[4 * row] < 0:
+            if state >> 8 & bits == 0:
+                return i, i if in_memory < 0 else in_memory
+            if in_memory < 0:
+                in_memory = i
+        ids[i] = row
+    return count, count if in_memory < 0 else in_memory
+
+
+@compiled
 def _claim(
     words: Int64s,
     count: int,
@@ -251,6 +292,26 @@ class Index(KeyTable):
     def start(self, ids: Int32s, namespace: int) -> None:
         """Make new rows FILLING, without a slot, leased once by their reservation."""
         self.rows[ids] = (NO_SLOT, 1, namespace, FILLING)
+
+    def prefix(self, words: Words, namespace: int, bits: int) -> tuple[Int32s, int]:
+        """Return the ids of the leading keys whose blocks a namespace holds, in memory or in one of
+        the tiers named by `bits`, and how many of them, leading, are in memory.
+
+        words: uint64[n, 4].
+        """
+        ids = np.empty(len(words), dtype=np.int32)
+        count, in_memory = _prefix(
+            column64(words.view(np.int64).reshape(-1)),
+            len(words),
+            column64(self._keys),
+            column(self._table),
+            len(self._table) - 1,
+            column(self._rows),
+            namespace,
+            bits,
+            column(ids),
+        )
+        return ids[:count], in_memory
 
     def states(self, ids: Int32s) -> NDArray[np.int32]:
         """Return FREE, FILLING, COMMITTED or DOOMED for each."""

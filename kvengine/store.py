@@ -798,12 +798,7 @@ class Store:
         return in_memory | (here & (state >> TIER_SHIFT & bits != 0)), in_memory
 
     def _prefix(self, keys: BlockKeys) -> tuple[Int32s, int]:
-        ids = self._index.find(keys.words)
-        if not len(ids):
-            return EMPTY, 0
-        present, in_memory = self._present(ids, keys.namespace.number, self._reachable())
-        count = _leading(present)
-        return ids[:count], min(count, _leading(in_memory))
+        return self._index.prefix(keys.words, keys.namespace.number, self._reachable())
 
     def _parent(self, keys: BlockKeys) -> int:
         if keys.parent == ROOT_KEY:
@@ -1081,6 +1076,7 @@ def _exercise(policy: Policy) -> None:
     for _ in range(ROWS_MIN):  # until the columns have grown
         index.claim(_words([os.urandom(KEY_BYTES)]))
     index.find(words)
+    index.prefix(words, 0, 0)
     run = Run(index.lease(ids), NO_PARENT, 0, PAGE_BYTES, index.prints(ids))
     for second in range(64):  # until the policy has learned
         policy.touched(run, float(second))

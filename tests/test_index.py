@@ -245,3 +245,39 @@ def test_bytes_a_block():
             assert nbytes <= BYTES_A_BLOCK, f"{nbytes:.1f} bytes a block of {index.count}"
     assert index.count == size // 8000 * 8000
     assert len(gc.get_objects()) - objects < 1000
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    held=st.lists(
+        st.tuples(
+            st.integers(-1, 1), st.integers(0, 3), st.sampled_from([FILLING, COMMITTED, DOOMED])
+        ),
+        min_size=1,
+        max_size=12,
+    ),
+    tiers=st.lists(st.integers(0, 3), min_size=12, max_size=12),
+    asked=st.integers(1, 14),
+    namespace=st.integers(0, 3),
+    bits=st.integers(0, 3),
+)
+def test_the_prefix_is_the_leading_blocks_that_a_namespace_holds(
+    index, held, tiers, asked, namespace, bits
+):
+    table = index.Index()
+    words = words_of(list(range(0, 4 * 14, 4)))
+    ids = table.claim(words[: len(held)])[0]
+    expected, memory = 0, 0
+    ended = out = False
+    for row, (slot, number, state), tier in zip(ids.tolist(), held, tiers, strict=False):
+        table.rows[row] = (slot if slot else NO_SLOT, 0, number, state | tier << 8)
+        here = state == COMMITTED and number >> 1 == namespace >> 1
+        in_memory = here and table.rows[row, SLOT] != NO_SLOT
+        ended |= not (in_memory or (here and tier & bits))
+        out |= not in_memory
+        if expected < asked:
+            expected += not ended
+            memory += not ended and not out
+    found, in_memory = table.prefix(words[:asked], namespace, bits)
+    assert found.tolist() == ids[:expected].tolist()
+    assert in_memory == memory
