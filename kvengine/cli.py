@@ -688,7 +688,7 @@ def _sealer(directory: Path | None, secret: bytes | None) -> "Sealer | None":
     if kept is None and secret is None:
         return None
     try:
-        return Sealer(DataKeys(lambda: Tenants(kept, secret)))
+        return Sealer(DataKeys(lambda: Tenants(kept, secret), None))
     except ConfigError:
         return None  # without the package what can be seen is checked
 

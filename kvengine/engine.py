@@ -99,7 +99,7 @@ class Engine:
         )
         self._tiers: list[Tier] = []
         kept = None if config.disk is None else Path(config.disk.path) / "tenants.json"
-        self._data_keys = DataKeys(lambda: tenants or Tenants(kept, config.secret))
+        self._data_keys = DataKeys(lambda: tenants or Tenants(kept, config.secret), tenant)
         try:
             self._open_tiers()
             self._tenants = self._data_keys.tenants
@@ -694,7 +694,6 @@ class Engine:
             **dict(identity) | {"fidelity": forms.usual.fidelity},
         )
         space = self._store.namespace(made, layout, self._tenants.secret(self.tenant), forms)
-        self._data_keys.note(space.digest, self.tenant)
         if ttl_s is not None:
             self._ttl_s[space.number] = ttl_s
         return space, [form.number for form in self._store.forms(space)]

@@ -53,14 +53,14 @@ ROOMS_MAX = 32
 
 
 class Keys(Protocol):
-    """Where data keys come from: 32 bytes each, and a number that is in every header."""
+    """A tenant's data keys: 32 bytes each, and a number that is in every header."""
 
-    def sealing(self, identity: bytes) -> tuple[int, bytes]:
-        """Return the number and the key that blocks of this identity are sealed with now."""
+    def sealing(self) -> tuple[int, bytes]:
+        """Return the number and the key that blocks are sealed with now."""
         ...
 
-    def opening(self, key_id: int, identity: bytes) -> bytes | None:
-        """Return the key of that number, None where it is not held, or not for this identity."""
+    def opening(self, key_id: int) -> bytes | None:
+        """Return the key of that number, None where it is not held, or not this tenant's."""
         ...
 
 
@@ -106,7 +106,10 @@ class Sealer:
 
         Raises FrameError where there is no block.
         """
-        name = bytes(block[24:144]) + frame.header_digest(block[:nbytes])
+        digest = frame.header_digest(block[:nbytes])
+        key_id, data_key = self._keys.sealing()
+        # What an older key has sealed is not for tiers that are written to now.
+        name = key_id.to_bytes(4, "little") + bytes(block[24:144]) + digest
         with self._lock:
             made = self._busy.get(name)
             if made is None and (made := self._idle.pop(name, None)) is not None:
@@ -116,7 +119,7 @@ class Sealer:
         try:
             with made.lock:
                 if not made.ready:
-                    self._seal(block[:nbytes], made.room)
+                    self._seal(block[:nbytes], made.room, key_id, data_key)
                     made.ready = True
             yield made.room[: pages(HEADER_BYTES + nbytes)]
         finally:
@@ -150,7 +153,7 @@ class Sealer:
         what stands in target is nothing: FrameError, or UnknownKey where the data key is not held.
         """
         header = structure(sealed, key, nbytes)
-        data_key = self._keys.opening(header.key_id, header.identity)
+        data_key = self._keys.opening(header.key_id)
         if data_key is None:
             raise UnknownKey(
                 f"a block that is sealed with key {header.key_id:#010x}, not held here"
@@ -183,16 +186,15 @@ class Sealer:
 
     # Inside
 
-    def _seal(self, block: memoryview, room: memoryview) -> None:
+    def _seal(self, block: memoryview, room: memoryview, key_id: int, data_key: bytes) -> None:
         """Encrypt a block into a room that has TAG_BYTES more than its sealed form."""
-        nbytes, identity = len(block), bytes(block[88:120])
-        key_id, data_key = self._keys.sealing(identity)
+        nbytes = len(block)
         salt = os.urandom(frame.SALT_BYTES)
         segments = cut(nbytes)
         header = Header(
             key=bytes(block[24:56]),
             parent=bytes(32),
-            identity=identity,
+            identity=bytes(block[88:120]),
             fill=bytes(block[frame.FILL]),
             part=(0, 0, 0, 0),
             position=0,

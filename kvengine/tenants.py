@@ -338,31 +338,28 @@ class Tenants:
 
 
 class DataKeys:
-    """The data keys of a store's tenants, by the identity of the blocks that they seal.
+    """The data keys of one tenant; for who only reads (None), those of all.
 
     `open_tenants` is called when they are first needed: the directory is the store's by then.
     """
 
-    def __init__(self, open_tenants: Callable[[], Tenants]) -> None:
+    def __init__(self, open_tenants: Callable[[], Tenants], tenant: str | None) -> None:
         self._open = open_tenants
-        self._tenant_of: dict[bytes, str] = {}
+        self._tenant = tenant
 
     @cached_property
     def tenants(self) -> Tenants:
         """Whose keys they are."""
         return self._open()
 
-    def note(self, identity: bytes, tenant: str) -> None:
-        """Say whose blocks have this identity."""
-        self._tenant_of[identity] = tenant
+    def sealing(self) -> tuple[int, bytes]:
+        """Return the number and the key for the tenant's blocks, from now on."""
+        assert self._tenant is not None
+        return self.tenants.sealing_key(self._tenant)
 
-    def sealing(self, identity: bytes) -> tuple[int, bytes]:
-        """Return the number and the key for blocks of an identity, from now on."""
-        return self.tenants.sealing_key(self._tenant_of.get(identity, DEFAULT))
-
-    def opening(self, key_id: int, identity: bytes) -> bytes | None:
-        """Return the key of that number, where it is of the tenant that has such blocks."""
-        return self.tenants.opening_key(key_id, self._tenant_of.get(identity))
+    def opening(self, key_id: int) -> bytes | None:
+        """Return the key of that number, where it is the tenant's."""
+        return self.tenants.opening_key(key_id, self._tenant)
 
 
 def sign(key: bytes, tenant: str, expires: float) -> bytes:

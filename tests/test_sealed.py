@@ -143,7 +143,7 @@ def test_a_value_whose_key_is_not_held_stays_for_others(redis):
     with kvengine.open(url, secret=SECRET) as engine:
         save(engine)
     with kvengine.open(url, secret=SECRET) as engine:
-        engine._data_keys.opening = lambda key_id, identity: None
+        engine._data_keys.opening = lambda key_id: None
         assert not again(engine).any()
         assert engine.metrics.get("unreadable_blocks", tier="valkey") > 0
     with kvengine.open(url, secret=SECRET) as engine:
@@ -272,15 +272,14 @@ def test_keys_by_command(tmp_path, capsys):
         assert engine.metrics.get("unreadable_blocks", tier="disk") > 0
 
 
-def test_data_keys_are_those_of_the_identity():
+def test_data_keys_are_those_of_the_tenant():
+    """An engine opens no other tenant's blocks; who verifies all of a tier does."""
     tenants = Tenants()
     tenants.add("a")
-    keys = DataKeys(lambda: tenants)
-    keys.note(b"i" * 32, "a")
-    number, key = keys.sealing(b"i" * 32)
-    assert (number, key) == tenants.sealing_key("a") != keys.sealing(b"j" * 32)
-    keys.note(b"j" * 32, "default")
-    assert keys.opening(number, b"i" * 32) == key and keys.opening(number, b"j" * 32) is None
+    one, two, all_ = (DataKeys(lambda: tenants, each) for each in ("a", "default", None))
+    number, key = one.sealing()
+    assert (number, key) == tenants.sealing_key("a") != two.sealing()
+    assert one.opening(number) == all_.opening(number) == key and two.opening(number) is None
 
 
 def test_a_given_secret_makes_the_same_key_everywhere():

@@ -70,10 +70,10 @@ class DataKeys:
 
     key = bytes(range(32))
 
-    def sealing(self, identity: bytes) -> tuple[int, bytes]:
+    def sealing(self) -> tuple[int, bytes]:
         return 1, self.key
 
-    def opening(self, key_id: int, identity: bytes) -> bytes | None:
+    def opening(self, key_id: int) -> bytes | None:
         return self.key if key_id == 1 else None
 
 

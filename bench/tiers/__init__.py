@@ -20,11 +20,11 @@ class DataKey:
     def __init__(self) -> None:
         self.key = os.urandom(32)
 
-    def sealing(self, identity: bytes) -> tuple[int, bytes]:
+    def sealing(self) -> tuple[int, bytes]:
         """Return its number and itself."""
         return 1, self.key
 
-    def opening(self, key_id: int, identity: bytes) -> bytes | None:
+    def opening(self, key_id: int) -> bytes | None:
         """Return it."""
         return self.key if key_id == 1 else None
 
