@@ -1,6 +1,7 @@
 """Engines whose tiers are sealed: nothing of a block is to be read there, keys rotate and end."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,13 @@ import pytest
 import kvengine
 import rig
 import servers
+import test_tiers
 from kvengine import ConfigError, cli
 from kvengine.config import Disk, Valkey
+from kvengine.metrics import Metrics
+from kvengine.seal import Sealer
 from kvengine.tenants import DataKeys, Tenants
+from kvengine.tiers.disk import DiskTier
 
 pytest.importorskip("cryptography")
 
@@ -280,6 +285,24 @@ def test_data_keys_are_those_of_the_tenant():
     number, key = one.sealing()
     assert (number, key) == tenants.sealing_key("a") != two.sealing()
     assert one.opening(number) == all_.opening(number) == key and two.opening(number) is None
+
+
+def test_writes_without_a_key_hold_no_segment(tmp_path):
+    """As of a tenant that was removed a moment ago: refused and counted, the next ones go on."""
+    tenants = Tenants()
+    tenants.add("a")
+    seal, metrics = Sealer(DataKeys(lambda: tenants, "a")), Metrics()
+    tenants.remove("a")
+    data = test_tiers.made(1)
+    spans = test_tiers.spans_of([(test_tiers.key_of(1), data)], True)
+    tier = DiskTier(tmp_path / "kv", 64 << 20, metrics, lambda keys: None, seal=seal)
+    good: list[bool] = []
+    tier.write(spans, math.inf, lambda index, whole: good.append(whole))
+    segments = tier._segments.values()
+    tier._workers.close(rig.WAIT_S)
+    assert good == [False] and metrics.get("tier_failures", tier="disk") == 1
+    assert [segment.writing for segment in segments] == [0]
+    tier.close()
 
 
 def test_a_given_secret_makes_the_same_key_everywhere():

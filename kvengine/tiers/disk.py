@@ -549,7 +549,7 @@ class DiskTier:
                 return place, self._folder.write(*place, span.frame, span.nbytes)
             with self._sealer.sealed(span.frame, span.nbytes) as data:
                 return place, self._folder.write(*place, data, HEADER_BYTES + span.nbytes)
-        except (OSError, FrameError) as error:
+        except (OSError, FrameError, ConfigError) as error:  # no frame, or no key to seal it with
             self._failed(error)
             self._written([place.segment])
             return None
