@@ -48,7 +48,7 @@ from kvengine.retention import Retention, check_seconds
 from kvengine.save import Save, group_of, saving
 from kvengine.seal import KEPT_BYTES, Sealer
 from kvengine.shadow import Computing, Shadowed, Shadows
-from kvengine.store import Store, exercise
+from kvengine.store import EMPTY, Store, exercise
 from kvengine.tenants import DEFAULT, DataKeys, Tenants
 from kvengine.tiers import Tier
 from kvengine.tiers.disk import DiskTier
@@ -244,13 +244,15 @@ class Engine:
         self.metrics.add("lookup_blocks", len(keys))
         if lease.in_memory:
             self.metrics.add("hit_blocks", lease.in_memory, tier="memory")
-        homes = np.full(lease.blocks, MEMORY, dtype=np.int32)
+        away = EMPTY
         if lease.blocks > lease.in_memory:
-            away = homes[lease.in_memory :] = self._store.served(lease.ids[lease.in_memory :])
+            away = self._store.served(lease.ids[lease.in_memory :])
             for number in set(away.tolist()):
                 name = "memory" if number < 0 else self._tiers[number].name
                 self.metrics.add("hit_blocks", int((away == number).sum()), tier=name)
         if lease.blocks and self._costs.active:
+            homes = np.full(lease.blocks, MEMORY, dtype=np.int32)
+            homes[lease.in_memory :] = away
             self._plan(lease, homes, split)
         if self._shadows is not None:
             self._shadows.asked(

@@ -157,17 +157,34 @@ def _rebuild(live: Int32s, count: int, keys: Int64s, table: Int32s, mask: int) -
 
 
 @compiled
-def _lease(ids: Int32s, count: int, rows: Int32s, step: int, edge: Int32s) -> int:
-    # Writes the ids whose count of leases came from or went to zero, in order.
+def _lease(ids: Int32s, count: int, rows: Int32s, edge: Int32s) -> int:
+    # Writes the ids that had no lease, in order.
     changed = 0
     for i in range(count):
         at = 4 * ids[i] + 1
-        before = rows[at]
-        rows[at] = before + step
-        if before == 0 or before + step == 0:
+        rows[at] += 1
+        if rows[at] == 1:
             edge[changed] = ids[i]
             changed += 1
     return changed
+
+
+@compiled
+def _unlease(ids: Int32s, count: int, rows: Int32s, edge: Int32s) -> tuple[int, int]:
+    # Writes the ids that have no lease now: from the front, but those that are doomed from the end.
+    free = 0
+    last = count
+    for i in range(count):
+        at = 4 * ids[i]
+        rows[at + 1] -= 1
+        if rows[at + 1] == 0:
+            if rows[at + 3] & 0xFF == 3:
+                last -= 1
+                edge[last] = ids[i]
+            else:
+                edge[free] = ids[i]
+                free += 1
+    return free, last
 
 
 class KeyTable:
@@ -338,16 +355,16 @@ class Index(KeyTable):
 
     def lease(self, ids: Int32s) -> Int32s:
         """Count one lease more on each; return those that had none."""
-        return self._step(ids, 1)
-
-    def unlease(self, ids: Int32s) -> Int32s:
-        """Count one lease less on each; return those that have none now."""
-        return self._step(ids, -1)
-
-    def _step(self, ids: Int32s, step: int) -> Int32s:
         edge = np.empty(len(ids), dtype=np.int32)
-        changed = _lease(column(ids), len(ids), column(self._rows), step, column(edge))
-        return edge[:changed]
+        return edge[: _lease(column(ids), len(ids), column(self._rows), column(edge))]
+
+    def unlease(self, ids: Int32s) -> tuple[Int32s, Int32s]:
+        """Count one lease less on each; return those that have none now, and of these apart those
+        that are DOOMED.
+        """
+        edge = np.empty(len(ids), dtype=np.int32)
+        free, doomed = _unlease(column(ids), len(ids), column(self._rows), column(edge))
+        return edge[:free], edge[doomed:]
 
     def _resize_columns(self, capacity: int) -> None:
         self._rows = grown(self._rows, 4 * capacity, 0)

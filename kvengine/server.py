@@ -86,6 +86,7 @@ class Server:
         self._watched: dict[int, int] = {}  # number by pidfd
         self._numbers = 0
         self._coder = m.Coder()
+        self._received = memoryview(bytearray(RECEIVE_BYTES))
         self._balancing = False
         self._balance_at = 0.0
         self._lock = _lock(self.path)
@@ -289,26 +290,23 @@ class Server:
             if connection.held or connection.ending or connection.number not in self._by_number:
                 return
             try:
-                data = connection.socket.recv(RECEIVE_BYTES)
+                count = connection.socket.recv_into(self._received)
             except BlockingIOError:
                 return
             except OSError:
-                data = b""
-            if not data:
+                count = 0
+            if not count:
                 self._close(connection)
                 return
             try:
-                if connection.inbox:
-                    connection.inbox += data
-                    found, connection.inbox = m.split(connection.inbox)
-                else:
-                    found, connection.inbox = m.split(bytearray(data))
+                connection.inbox += self._received[:count]
+                found, connection.inbox = m.split(connection.inbox)
             except m.Wrong:
                 self._close(connection)
                 return
             connection.waiting.extend(found)
             self._take(connection)
-            if len(data) < RECEIVE_BYTES:
+            if count < RECEIVE_BYTES:
                 return
 
     def _take(self, connection: Connection) -> None:

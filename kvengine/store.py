@@ -917,15 +917,13 @@ class Store:
         return len(kinds) > 1
 
     def _unlease(self, ids: Int32s) -> None:
-        free = self._index.unlease(ids)
+        free, doomed = self._index.unlease(ids)
+        if len(doomed):
+            self._give_slots(doomed)
+            self._index.rows[doomed, STATE] = 0
+            self._index.free(doomed)
         if not len(free):
             return
-        doomed = self._index.states(free) == DOOMED
-        if doomed.any():
-            self._give_slots(free[doomed])
-            self._index.rows[free[doomed], STATE] = 0
-            self._index.free(free[doomed])
-            free = free[~doomed]
         if self._remote_bits:
             away = (self._index.rows[free, SLOT] == NO_SLOT) & self._found_nowhere_else(free)
             self._discard(free[away])
@@ -1088,7 +1086,7 @@ def _exercise(policy: Policy) -> None:
         policy.expect(ids, 65.0, 64.0)
         policy.end(ids, 65.0)
     policy.held(ids)
-    policy.freed(index.unlease(ids))
+    policy.freed(index.unlease(ids)[0])
     list(policy.expired(64.0))
     for victims in policy.victims(PAGE_BYTES, 64.0, run):
         policy.removed(victims)

@@ -215,7 +215,9 @@ def test_leases_are_counted(index, steps):
     rows = index.Index()
     ids, _ = rows.claim(random_words(10, 1))
     rows.start(ids, 0)
-    assert rows.unlease(ids).tolist() == ids.tolist(), "a reservation's own lease"
+    assert rows.unlease(ids)[0].tolist() == ids.tolist(), "a reservation's own lease"
+    rows.set_state(ids[::3], DOOMED)
+    doomed = set(ids[::3].tolist())
     counts: Counter[int] = Counter()
     for take, table in steps:
         edges = []
@@ -225,8 +227,12 @@ def test_leases_are_counted(index, steps):
             counts[i] += 1 if take else -1
             if counts[i] == (1 if take else 0):
                 edges.append(int(ids[i]))
-        verb = rows.lease if take else rows.unlease
-        assert verb(ids[table]).tolist() == edges
+        if take:
+            assert rows.lease(ids[table]).tolist() == edges
+        else:
+            free, gone = rows.unlease(ids[table])
+            assert free.tolist() == [each for each in edges if each not in doomed]
+            assert sorted(gone.tolist()) == sorted(each for each in edges if each in doomed)
         assert rows.rows[ids, LEASES].tolist() == [counts[i] for i in range(10)]
 
 
