@@ -21,6 +21,7 @@ import numpy as np
 from kvengine.arena import Arena
 from kvengine.config import Config
 from kvengine.engine import Engine
+from kvengine.errors import KVEngineError
 from kvengine.peer.service import Admitted, Peer
 from kvengine.shares import Limits, Want, shares
 from kvengine.slab import PAGE_BYTES, Slab, reader, shared
@@ -70,11 +71,15 @@ class Shared:
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """One tenant as it is served. `pressed`: evictions and refusals when it was last looked at."""
+    """One tenant as it is served. `pressed`: evictions and refusals when it was last looked at.
+
+    secret: the tenant's when it was opened; whoever has the name later has another.
+    """
 
     engine: Engine
     memory: Shared
     quota: Quota
+    secret: bytes
     limits: Limits = field(default_factory=Limits)
     limit_bytes: int = 0
     pressed: int = 0
@@ -126,15 +131,21 @@ class Residents:
         return Admitted(found.engine, mode == "rw", found.limits)
 
     def gone(self) -> list[str]:
-        """Return the tenants that are here and have been removed."""
+        """Return the tenants that are here and have been removed, the default one never."""
         self.tenants.reload()
-        return [name for name in list(self._by_name) if name not in self.tenants.names()]
+        return [
+            name
+            for name, each in list(self._by_name.items())
+            if name != DEFAULT and not self.tenants.is_same(name, each.secret)
+        ]
 
     def balance(self) -> None:
         """Take in tenants that have come and go out with the removed ones; move memory between all.
 
-        May take its time: it evicts, opens and closes.
+        May take its time: it evicts, opens and closes. Raises what the first tenant does that
+        cannot be opened, ConfigError say, when all the others have been seen to.
         """
+        failed: list[Exception] = []
         with self._lock:
             if self._closed:
                 return
@@ -144,12 +155,19 @@ class Residents:
             for name in self.gone():
                 self._leave(name)
             for name in self.tenants.names():
-                if name not in self._by_name:
-                    self._open(name)
+                try:
+                    if name not in self._by_name:
+                        self._open(name)
+                    quota = self.tenants.quota(name)
+                except (KVEngineError, OSError) as error:
+                    failed.append(error)
+                    continue
                 resident = self._by_name[name]
-                resident.quota = self.tenants.quota(name)
-                resident.limits.set(resident.quota.lookups_per_s, resident.quota.saved_bytes_per_s)
+                resident.quota = quota
+                resident.limits.set(quota.lookups_per_s, quota.saved_bytes_per_s)
             self._move()
+        if failed:
+            raise failed[0]
 
     def close(self) -> None:
         """End all engines, give all memory back."""
@@ -202,6 +220,7 @@ class Residents:
     def _open(self, name: str) -> None:
         tenants = self._tenants
         quota = UNLIMITED if tenants is None else tenants.quota(name)
+        secret = b"" if tenants is None else tenants.secret(name)
         config = self._config_of(name, quota)
         memory = Shared(config.memory_bytes, name)
         try:
@@ -212,7 +231,7 @@ class Residents:
         except BaseException:
             memory.close()
             raise
-        self._by_name[name] = Resident(engine, memory, quota)
+        self._by_name[name] = Resident(engine, memory, quota, secret)
 
     def _leave(self, name: str) -> None:
         """Close a removed tenant's engine, and remove what it has kept on disk."""

@@ -105,6 +105,7 @@ class Server:
             self._residents.balance()
             self._ready = True
         except BaseException:
+            self._residents.close()
             self._listener.close()
             os.close(self._lock)
             raise

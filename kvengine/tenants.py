@@ -131,6 +131,11 @@ class Tenants:
         record = self._records.get(tenant)
         return record is not None and epoch == record.epoch + record.models.get(model, 0)
 
+    def is_same(self, tenant: str, secret: bytes) -> bool:
+        """Say whether there is a tenant of this name, with this secret: not a later one."""
+        record = self._records.get(tenant)
+        return record is not None and record.role == "tenant" and self.secret(tenant) == secret
+
     def quota(self, tenant: str = DEFAULT) -> Quota:
         """Return what a tenant is promised and may take."""
         return self._record(tenant).quota

@@ -15,7 +15,7 @@ from kvengine import cli
 from kvengine.arena import PAGE_BYTES
 from kvengine.config import Config
 from kvengine.engine import Engine
-from kvengine.errors import KVEngineError
+from kvengine.errors import ConfigError, KVEngineError
 from kvengine.residents import Residents, label
 from kvengine.server import Server
 from kvengine.tenants import DEFAULT, Quota, Tenants, sign
@@ -135,6 +135,40 @@ def test_a_tenant_comes_and_goes_while_the_daemon_runs(tmp_path, tenants):
                 assert two.probe(theirs) == 0
             assert not is_let_in(tmp_path, a)
             assert one.probe(keys) == 8
+
+
+def test_a_name_that_is_given_anew_is_another_tenant(residents, tenants):
+    """Whoever was let in as the one before is not as the one after, however soon that comes."""
+    before = residents.engines()["a"]
+    keys = save(before)
+    assert before.probe(keys) == 8 and residents.gone() == []
+    tenants.remove("a")
+    tenants.add("a")
+    assert residents.gone() == ["a"]
+    residents.balance()
+    after = residents.engines()["a"]
+    assert residents.gone() == [] and before.probe(keys) == 0
+    theirs = save(after)
+    assert after.probe(theirs) == 8 and not after.contains(keys).any()
+
+
+def test_a_tenant_that_cannot_be_opened_keeps_no_other_out(tmp_path, tenants):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (disk / "tenant.a").write_bytes(b"no directory")
+    residents = Residents(Config.load(f"mem://?size={NBYTES} | file://{disk}?size=64M")[0], tenants)
+    tenants.add("a")
+    tenants.add("b")
+    try:
+        with pytest.raises(ConfigError, match=r"tenant\.a cannot be used"):
+            residents.balance()
+        assert sorted(residents.engines()) == ["b", DEFAULT]
+        assert min(each.limit_bytes for each in residents.residents()) > 0, "memory is shared out"
+        (disk / "tenant.a").unlink()
+        residents.balance()
+        assert sorted(residents.engines()) == ["a", "b", DEFAULT]
+    finally:
+        residents.close()
 
 
 def is_let_in(folder: Path, key: bytes) -> bool:
