@@ -15,7 +15,7 @@ from kvengine import cli
 from kvengine.arena import PAGE_BYTES
 from kvengine.config import Config
 from kvengine.engine import Engine
-from kvengine.errors import ConfigError, KVEngineError
+from kvengine.errors import AwayError, ConfigError, KVEngineError
 from kvengine.residents import Residents, label
 from kvengine.server import Server
 from kvengine.tenants import DEFAULT, Quota, Tenants, sign
@@ -102,6 +102,10 @@ def test_everybody_reads_what_is_public_and_nobody_else_writes_it(tmp_path, tena
             more = rig.names(reader, ONE).keys(rig.prompt(8, ONE, seed=1))
             assert not rig.save(reader, more, rig.caches(ONE, 8, seed=1)).good.any()
             assert reader.probe(more) == 0
+            assert reader.drop(keys) == reader.squeeze(0) == reader.pin(keys, hard=True) == 0
+            with pytest.raises(AwayError, match="dropped nothing"):
+                reader.drop_all()
+            assert reader.probe(keys) == 8
 
 
 def test_an_epoch_is_fenced_for_all_processes_at_once(tmp_path, tenants, capsys):

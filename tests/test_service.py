@@ -1,8 +1,11 @@
 """What the daemon answers, without sockets and in virtual time."""
 
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
+import rig
 from house import Guest, House, Wire, keys
 from kvengine.peer import messages as m
 
@@ -184,10 +187,36 @@ def test_what_a_client_must_not_do_ends_its_connection(wire):
     assert {60, 70} <= wire.ended
 
 
-def test_a_reader_reserves_nothing(wire):
-    guest = Guest(wire, 1)
-    next(iter(wire.service.sessions)).writable = False
-    assert guest.reserve(keys(1)).code == m.READ_ONLY
+def test_a_reader_changes_nothing(wire, monkeypatch):
+    """Of a public tenant's: it takes no blocks from others, and says nothing that counts."""
+    owner, guest = Guest(wire, 1), Guest(wire, 2)
+    owner.save(keys(2))
+    next(s for s in wire.service.sessions if s.peer.pid == 2).writable = False
+    table = (1, guest.space, keys(2), 0, bytes(32))
+    for message in (
+        m.Reserve(*table),
+        m.Keep(*table, bytes(2), 0, None, 1e-3),
+        m.Hint(*table, False, None),
+        m.Pin(*table, None),
+        m.Unpin(*table),
+        m.Drop(*table),
+        m.DropAll(1),
+        m.Squeeze(1, 0),
+        m.Observe(1, guest.space, 0, 16, 1e-9),
+    ):
+        assert guest.say(message).code == m.READ_ONLY
+    leased = guest.match(keys(2))
+    for message in (m.Corrupt(0, leased.token, bytes(4)), m.Widen(0, keys(2))):
+        assert guest.say(message) is None
+    guest.say(m.Release(0, leased.token))
+    assert owner.probe(keys(2)) == guest.probe(keys(2)) == 2
+    lives: list[float | None] = []
+    space = House.space
+    monkeypatch.setattr(House, "space", lambda *args: lives.append(args[-1]) or space(*args))
+    facts = dict.fromkeys(m.IDENTITY, "") | {"model": "m", "fidelity": "exact"}
+    for one in (owner, guest):
+        one.say(m.Open(1, facts, asdict(rig.layout()), False, 5.0))
+    assert lives == [5.0, None], "how long the owner's blocks live is the owner's to say"
 
 
 def test_nothing_new_begins_while_it_drains(wire):

@@ -396,12 +396,14 @@ class Client:
     def drop_all(self) -> int:
         """Make every block of this tenant unreachable, for all processes. See `Engine.drop_all`.
 
-        Raises AwayError while the daemon is away.
+        Raises AwayError while the daemon is away, or where this client may only read.
         """
         self._alive()
         epoch = self._proxy.drop_all()
         if not epoch:
-            raise AwayError("the daemon is away, and has dropped nothing")
+            raise AwayError(
+                "the daemon is away, or lets this client only read: it has dropped nothing"
+            )
         return epoch
 
     def squeeze(self, nbytes: int) -> int:

@@ -38,6 +38,7 @@ SESSIONS_MAX = 1024
 LEASES_MAX = 1 << 14  # of a session
 RESERVATIONS_MAX = 1 << 12
 SPACES_MAX = 1 << 12
+READS_ONLY = "this client only reads: it may change nothing of the tenant's"
 TOO_MUCH = "the tenant asks for more than its quota lets through"
 
 
@@ -115,6 +116,21 @@ class Peer:
     uid: int
     gid: int
 
+
+# What changes what others find, or what they are told.
+CHANGES = (
+    m.Reserve,
+    m.Corrupt,
+    m.Widen,
+    m.Keep,
+    m.Hint,
+    m.Pin,
+    m.Unpin,
+    m.Drop,
+    m.DropAll,
+    m.Squeeze,
+    m.Observe,
+)
 
 # Actions.
 
@@ -241,6 +257,8 @@ class Service:
         verb = self._verbs.get(type(message))
         if verb is None or connection != session.connections[0]:
             return [End(connection)]  # a second Hello, or requests where answers are awaited
+        if not session.writable and isinstance(message, CHANGES):
+            return self._no(session, message, m.READ_ONLY, READS_ONLY) if message.number else []
         return verb(session, message, now)
 
     def closed(self, connection: int, now: float) -> list[Action]:
@@ -360,13 +378,14 @@ class Service:
 
     def _open(self, session: Session, message: m.Open, now: float) -> list[Action]:
         house = session.house
+        ttl_s = message.ttl_s if session.writable else None
         if len(session.spaces) >= SPACES_MAX:
             return self._no(session, message, m.BUSY, "too many namespaces")
 
         def call() -> tuple[Namespace, list[int]] | KVEngineError:
             try:
                 layout = msgspec.convert(message.layout, Layout)
-                return house.space(_identity(message), layout, message.smaller, message.ttl_s)
+                return house.space(_identity(message), layout, message.smaller, ttl_s)
             except msgspec.ValidationError as error:
                 return LayoutError(f"the layout that a client gives: {error}")
             except KVEngineError as error:
@@ -517,8 +536,6 @@ class Service:
         house, keys = session.house, self._keys(session, message)
         if isinstance(keys, m.Refused):
             return self._say(session, keys)
-        if not session.writable:
-            return self._no(session, message, m.READ_ONLY, "this client has said it only reads")
         if len(session.reservations) >= RESERVATIONS_MAX or self.draining:
             return self._no(session, message, m.BUSY, "no more reservations are taken now")
         group = None
