@@ -117,16 +117,14 @@ class Named:
         expires = 0.0 if ttl_s is None else now + ttl_s
         described = Described(found.dtype, found.shape, expires)
         keep = () if ttl_s is None else (Retention(ttl_s=ttl_s),)
-        body = self._body(described)
+        head, body = self._keys(HEAD, self._hash), self._body(described)
+        held, _ = self._read(head)
+        stays = held is not None and held.alike(described) and held.outlives(described)
+        if held is not None and not stays:
+            self._drop(head, self._body(held))  # frames say for themselves when their time is over
         if body is not None and not self._put(body, chunks(found, body.namespace.layout), keep):
             return False
-        head = self._keys(HEAD, self._hash)
-        held, _ = self._read(head)
-        if held is not None and held.alike(described) and held.outlives(described):
-            return True
-        if held is not None:
-            self._blocks.drop(head)
-        return self._put(head, [head_bytes(described, found)], keep)
+        return stays or self._put(head, [head_bytes(described, found)], keep)
 
     def load(self, now: float) -> View | None:
         """Return the array in new memory; None for a miss."""
@@ -136,9 +134,7 @@ class Named:
             return None
         body = self._body(described)
         if described.over(now):
-            for keys in (head, body):
-                if keys is not None:
-                    self._blocks.drop(keys)
+            self._drop(head, body)
             return None
         if body is None:
             data = memory(described.nbytes)
@@ -148,6 +144,11 @@ class Named:
         data = memory(layout.payload_bytes)
         whole = self._get(body, list(data.reshape(layout.layers, 1, layout.head_dim)))
         return shown(described, data) if whole else None
+
+    def _drop(self, head: BlockKeys, body: BlockKeys | None) -> None:
+        self._blocks.drop(head)
+        if body is not None:
+            self._blocks.drop(body)
 
     def _body(self, described: Described) -> BlockKeys | None:
         if described.nbytes <= INLINE_BYTES:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvengine
+import rig
 from kvengine import arrays
 from kvengine.errors import ConfigError, LayoutError
 
@@ -151,6 +152,20 @@ def test_after_its_time_it_is_a_miss(engine, monkeypatch, size):
     assert engine.save_array("text", array, **MODEL)
     now[0] += 1e6
     assert np.array_equal(loaded(engine, "text"), array)
+
+
+@pytest.mark.parametrize("size", [10, 10_000])
+def test_a_later_save_lengthens_what_tiers_hold(tmp_path, monkeypatch, size):
+    now, array = [time.time()], np.arange(size)
+    monkeypatch.setattr(time, "time", lambda: now[0])
+    with kvengine.open(f"mem://?size=4M | file://{tmp_path}?size=64M") as engine:
+        assert engine.save_array("text", array, ttl_s=100, **MODEL)
+        assert engine.flush(rig.WAIT_S)
+        assert engine.save_array("text", array, **MODEL)
+        assert engine.flush(rig.WAIT_S)
+        engine.squeeze(0)
+        now[0] += 1e6
+        assert np.array_equal(loaded(engine, "text"), array)
 
 
 def test_a_real_encoder_runs_once(tmp_path, require):
