@@ -553,9 +553,23 @@ def test_loads_wait_for_their_share_of_memory(engine, tier, monkeypatch):
     engine.check()
 
 
-def test_a_fetch_of_much_leaves_what_is_used_again(tmp_path):
+def read_once(engine, keys, stream, *, first: int = 0) -> None:
+    """Load all blocks, none of which arrives while the lease lasts: leased ones keep their room."""
+    target, share = rig.caches(OF, len(keys)), engine._fetches.share_bytes
+    engine._fetches.begin(share, np.inf, lambda in_time: None)
+    with engine.match(keys) as lease:
+        transfer = engine.load(lease, target, np.arange(len(keys)))
+    engine._fetches.end(share)
+    assert transfer.wait(rig.WAIT_S) and transfer.good.all()
+    here, there = np.arange(len(keys)), np.arange(first, first + len(keys))
+    assert rig.same(OF, target, rig.slots_of(OF, here), stream, rig.slots_of(OF, there))
+
+
+def test_a_fetch_of_much_leaves_what_is_used_again(tmp_path, monkeypatch):
     """A prompt of many times the memory is read once: it recycles its own share."""
     with kvengine.open(f"mem://?size=1M | file://{tmp_path}?size=64M") as engine:
+        # Room for the next save is made after one has ended: it might be made of what is used.
+        monkeypatch.setattr(engine._store, "make_room", lambda namespace, count: None)
         names = rig.names(engine, OF)
         often, once = (
             names.keys(rig.prompt(count, OF, seed)) for seed, count in ((1, 20), (2, 120))
@@ -567,16 +581,16 @@ def test_a_fetch_of_much_leaves_what_is_used_again(tmp_path):
         engine.squeeze(0)
         rig.save(engine, often, source)
         assert engine.flush(rig.WAIT_S)
-        assert rig.check_right(engine, once, stream).all()
+        read_once(engine, once, stream)
         with engine.match(often) as lease:
             assert lease.in_memory == 20, "what a fetch has pushed out"
         # What is asked for again is one of those that stay, and free memory is for all.
         engine.squeeze(0)
-        assert rig.check_right(engine, once[:40], stream).all()
+        read_once(engine, once[:40], stream)
         for _ in range(2):
             with engine.match(once[:40]) as lease:
                 assert lease.in_memory == 40
-        assert rig.check_right(engine, once[40:], stream, first=40).all()
+        read_once(engine, once[40:], stream, first=40)
         with engine.match(once[:40]) as lease:
             assert lease.in_memory >= 36
         engine.check()
