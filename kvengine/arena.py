@@ -61,7 +61,7 @@ class Arena(Slab):
         self.generations = generations
         pages = self.nbytes // PAGE_BYTES
         self.limit_pages = pages
-        self.backed_pages = 0  # at most so many have memory behind them
+        self._backed = np.zeros(pages, dtype=np.bool_)  # pages that may have memory behind them
         self._holes: list[tuple[int, int]] = [(0, pages)]
         self._classes: dict[int, SizeClass] = {}
         self.taken_pages = 0
@@ -94,9 +94,9 @@ class Arena(Slab):
             pass
         slots = known.pop(min(count, known.count))
         self.taken_pages += pages * len(slots)
-        self.backed_pages = max(self.backed_pages, self.taken_pages)
         if self.generations is not None:
             self.generations[slots] += np.uint32(1)
+            self._backed[slots[:, None] + np.arange(pages)] = True
         return slots
 
     def give(self, nbytes: int, slots: Slots) -> None:
@@ -144,24 +144,26 @@ class Arena(Slab):
 
         Where memory is shared, and more has been in use, all that is free is given back to the
         system: it is zero when it is used again, and others may have as much. Returns how many
-        bytes are in use still; call again when more of them have been evicted.
+        bytes of it are in use still; call again when more of them have been evicted.
         """
         self.limit_pages = min(nbytes, self.nbytes) // PAGE_BYTES
         if not self.is_whole:
             self.stop()  # of `populate`
-        if self.generations is not None and self.backed_pages > self.limit_pages:
-            for known in self._classes.values():
-                for start, size in _runs(np.sort(known.free[: known.count]), known.pages):
-                    self.punch(start, size)
-            for start, size in self._holes:
+        if np.count_nonzero(self._backed) > self.limit_pages:
+            free = [
+                run
+                for known in self._classes.values()
+                for run in _runs(np.sort(known.free[: known.count]), known.pages)
+            ]
+            for start, size in free + self._holes:
                 self.punch(start, size)
-            self.backed_pages = self.taken_pages
-        return self.backed_pages * PAGE_BYTES
+                self._backed[start : start + size] = False
+        return int(np.count_nonzero(self._backed)) * PAGE_BYTES
 
     def populate(self, nbytes: int | None = None) -> None:
         """See Slab.populate. Memory of which a part is another's is left as it is."""
         if self.is_whole:
-            self.backed_pages = self.limit_pages
+            self._backed[:] = self.generations is not None
             super().populate(nbytes)
 
     def _extend(self, known: SizeClass) -> bool:

@@ -251,6 +251,18 @@ def test_below_what_is_lent_a_limit_lends_nothing_and_says_what_is_in_use():
     assert arena.limit(8 * PAGE_BYTES) == 0 and arena.available(PAGE_BYTES) == 8
 
 
+def test_what_was_lent_in_any_size_counts():
+    """Free slots of one size keep their memory when another size takes its own."""
+    arena = shared_arena(256 * PAGE_BYTES)
+    for pages in (3, 1, 5):
+        slots = arena.take(pages * PAGE_BYTES, 10)
+        for slot in slots.tolist():
+            arena.view(slot, pages * PAGE_BYTES)[:] = b"x" * pages * PAGE_BYTES
+        arena.give(pages * PAGE_BYTES, slots)
+    assert arena.limit(100 * PAGE_BYTES) == 90 * PAGE_BYTES == backed_bytes(arena)
+    assert arena.limit(64 * PAGE_BYTES) == 0 == backed_bytes(arena)
+
+
 def test_private_memory_is_limited_as_well():
     arena = Arena(64 * PAGE_BYTES)
     arena.limit(8 * PAGE_BYTES)
