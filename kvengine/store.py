@@ -218,6 +218,8 @@ class Store:
             self._sweep(now)
             entered = EMPTY if found is None else self._take_in(keys, found)
             ids, in_memory = self._prefix(keys)
+            if self._outlive(ids):
+                ids, in_memory = self._prefix(keys)
             self._policy.held(self._index.lease(ids))
             if len(entered):
                 # Beyond a block that is being filled now: nobody leases them.
@@ -953,6 +955,16 @@ class Store:
         self._policy.removed(ids)
         self._forget(ids)
         return keys
+
+    def _outlive(self, ids: Int32s) -> bool:
+        """Forget those whose time is over but that a sweep leaves: leased, or with a child."""
+        if not isinstance(self._policy, Retained):
+            return False
+        over = ids[self._policy.outlived(ids)]
+        below = over[self._index.tiers(over) != 0]
+        self._outlived += [key.tobytes() for key in self._index.keys(below)]
+        self._metrics.add("evicted_blocks", len(self._drop(over)), reason="time")
+        return len(over) > 0
 
     def _drop_outlived(self) -> None:
         """Not under the lock: have tiers drop what has outlived its time to live."""

@@ -240,6 +240,28 @@ def test_a_life_that_is_over_is_a_miss(monkeypatch):
         engine.check()
 
 
+def test_a_life_is_over_while_others_read_on(monkeypatch):
+    """A lease keeps its bytes, and a block that continues it stays; nobody matches it again."""
+    with kvengine.open("mem://?size=4M", threads=1, lossless=False) as engine:
+        clock = [0.0]
+        monkeypatch.setattr(engine._store, "_clock", lambda: clock[0])
+        caches, target = rig.caches(OF, 6, seed=1), rig.caches(OF, 6)
+        keys = rig.names(engine, OF).keys(rig.prompt(6, OF))
+        rig.save(engine, keys, caches, retention=Retention(ttl_s=10, last_token=OF.block_tokens))
+        with engine.match(keys) as lease:
+            clock[0] = 11.0
+            assert engine.match(keys).blocks == 0 == engine.probe(keys)
+            transfer = engine.load(lease, target, np.arange(6))
+            assert transfer.wait(rig.WAIT_S) and transfer.good.all()
+        assert engine.match(keys[1:]).blocks == 5
+        rig.save(engine, keys, caches, retention=Retention(ttl_s=10, last_token=OF.block_tokens))
+        assert rig.check_right(engine, keys, caches).all()
+        clock[0] = 22.0
+        assert engine.match(keys).blocks == 0, "a child is no reason to live on"
+        assert engine.metrics.get("evicted_blocks", reason="time") == 2
+        engine.check()
+
+
 def test_a_life_that_is_over_is_over_in_tiers_too(monkeypatch, tmp_path):
     """After a restart as well, and where memory had given the block up before."""
     url, clock = f"mem://?size=4M | file://{tmp_path}/kv?size=16M", [1000.0]

@@ -438,6 +438,15 @@ class Retained:
         yield from self._marked(OVER, OVER + 1, 1 << 31)
         yield from self._inner.expired(now)
 
+    def outlived(self, entries: Entries) -> NDArray[np.bool_]:
+        """Say whose time to live is over, also of those that are held or have children."""
+        if not self._ids:
+            return np.zeros(len(entries), dtype=np.bool_)
+        known = entries < self._ids
+        nodes = self._nodes.reshape(-1, WIDTH)[np.where(known, entries, 0) + LEVELS]
+        over: NDArray[np.bool_] = (nodes[:, FLAGS] & HERE != 0) & (nodes[:, LEVEL] == OVER)
+        return known & over
+
     # Inside
 
     def _columns(self) -> tuple[Int32s, Int64s, Int32s, Int32s, int, int]:
