@@ -44,7 +44,7 @@ from kvengine.policy.retention import Retained
 from kvengine.pools import PoolMatch, match_pools
 from kvengine.prefetch import PREFETCH_BYTES, prefetch
 from kvengine.record import RECORD_BYTES, Recorder
-from kvengine.retention import Retention, check_seconds
+from kvengine.retention import Retention, asked_for, check_seconds
 from kvengine.save import Save, group_of, saving
 from kvengine.seal import KEPT_BYTES, Sealer
 from kvengine.shadow import Computing, Shadowed, Shadows
@@ -839,9 +839,7 @@ class Engine:
         self, namespace: Namespace, given: Retention | Sequence[Retention]
     ) -> Sequence[Retention]:
         """Return how to keep what is saved; from the first that asks for anything on, heed it."""
-        asked = [given] if isinstance(given, Retention) else list(given)
-        if (ttl_s := self._ttl_s.get(namespace.number)) is not None:
-            asked.insert(0, Retention(ttl_s=ttl_s))
+        asked = asked_for(given, self._ttl_s.get(namespace.number))
         if asked:
             self._store.retaining()
         return asked

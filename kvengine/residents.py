@@ -227,6 +227,7 @@ class Residents:
             if tenants is not None and len(tenants.names()) > 1:
                 memory.arena.limit(0)  # until it is known who holds how much
             engine = Engine(config, memory.arena, name, tenants)
+            engine.store.retaining()  # the first blocks of a client are kept as it asks, too
             engine.settle()  # no client is to wait for compiled loops to be loaded
         except BaseException:
             memory.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvengine.errors import ConfigError
@@ -50,6 +51,14 @@ class Retention:
             return slice(first, count)
         last = -(-self.last_token // block_tokens) - position
         return slice(first, max(first, min(count, last)))
+
+
+def asked_for(
+    given: Retention | Sequence[Retention], ttl_s: float | None = None
+) -> list[Retention]:
+    """List how to keep what is saved; `ttl_s`: what its namespace says of all."""
+    asked = [given] if isinstance(given, Retention) else list(given)
+    return asked if ttl_s is None else [Retention(ttl_s=ttl_s), *asked]
 
 
 def check_seconds(name: str, seconds: float | None) -> None:

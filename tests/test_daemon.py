@@ -19,6 +19,7 @@ import pytest
 import kvengine
 import rig
 from kvengine.codec import Raw
+from kvengine.frame import expires_of
 from kvengine.peer import messages as m
 from kvengine.peer.channel import Channel
 
@@ -314,3 +315,39 @@ def test_whoever_matches_after_a_save_is_done_hits(daemon, monkeypatch):
                 assert two.probe(keys) in (0, 4)
             assert transfer.good.all() and two.probe(keys) == 4
         assert rig.check_right(two, keys, rig.caches(ONE, 4, seed=turn)).all()
+
+
+def test_a_time_to_live_of_a_namespace_is_that_of_its_blocks(daemon):
+    """In memory, and in the frames that tiers are given."""
+    with kvengine.open(daemon.url) as engine:
+        names = rig.names(engine, ONE, ttl_s=1.0)
+        rig.names(engine, ONE)  # asking again without one takes nothing back
+        keys = names.keys(rig.prompt(3, ONE))
+        before = time.time()
+        assert rig.save(engine, keys, rig.caches(ONE, 3)).good.all()
+        assert rig.poll(lambda: not blocks(engine, keys))
+        lasting = rig.names(engine, ONE, ttl_s=1000.0).keys(rig.prompt(3, ONE, seed=2))
+        rig.save(engine, lasting, rig.caches(ONE, 3))
+        with engine.match(lasting) as lease:
+            ids, slots, _ = engine._proxy.pin(lease, 0, 3)
+            for slot in slots.tolist():
+                expires = expires_of(engine._proxy.arena.view(slot, 4096))
+                assert before + 1000 <= expires <= time.time() + 1001
+            engine._proxy.unpin(ids)
+
+
+def test_arrays_miss_where_the_daemon_has_just_gone(daemon, monkeypatch):
+    with kvengine.open(daemon.url) as engine:
+        assert engine.save_array("one", np.arange(9), model="encoder")
+        assert engine.load_array("one", model="encoder") is not None
+        daemon.process.kill()
+        daemon.process.wait()
+        monkeypatch.setattr(type(engine), "away", False)  # nobody has noticed yet
+        assert engine.load_array("one", model="encoder") is None
+        assert not engine.save_array("two", np.arange(9), model="encoder")
+        monkeypatch.undo()
+
+
+def blocks(engine, keys) -> int:
+    with engine.match(keys) as lease:
+        return lease.blocks

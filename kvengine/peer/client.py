@@ -37,7 +37,7 @@ from kvengine.peer.proxy import Asked, Proxy
 from kvengine.policy import Request
 from kvengine.pools import PoolMatch, match_pools
 from kvengine.record import RECORD_BYTES, Recorder
-from kvengine.retention import Retention, check_seconds
+from kvengine.retention import Retention, asked_for, check_seconds
 from kvengine.save import Save, group_of, saving
 from kvengine.store import EMPTY
 from kvengine.tiers.finder import Finder
@@ -73,6 +73,7 @@ class Client:
         self._named: dict[int, Named] = {}
         self._numbers: dict[tuple[bytes, bytes, bool], int] = {}
         self._current: dict[int, bool] = {}  # whether a namespace is what the daemon calls it now
+        self._ttl_s: dict[int, float] = {}  # of namespaces, by number
         self._old: list[Proxy] = []  # lost ones, until nothing of them is in use
         self._recorder: Recorder | None = None
         self._leaving = threading.Event()
@@ -158,6 +159,8 @@ class Client:
             self._proxy.enter(space, codecs, said)
             self._named[space.number] = Named(space, message, codecs)
             self._current[space.number] = True
+            if ttl_s is not None:
+                self._ttl_s[space.number] = ttl_s
         return space
 
     def _space(
@@ -253,7 +256,7 @@ class Client:
         proxy = self._for(keys)
         if proxy is None or not len(keys) or not self._transfers.begin(transfer):
             return transfer.refuse()
-        asked = [retention] if isinstance(retention, Retention) else list(retention)
+        asked = asked_for(retention, self._ttl_s.get(keys.namespace.number))
         parts = (proxy, self._transfers, self._finder, self.metrics, _done)
         Save(*parts, transfer, keys, cache, table, mapping, asked, group).start()
         return transfer
@@ -309,7 +312,10 @@ class Client:
         source = arrays.Source(model, revision, adapter, salt)
         found = arrays.looked_at(array)
         named = arrays.Named(self, source, name)
-        return not self.away and named.save(found, ttl_s, time.time())
+        try:
+            return not self.away and named.save(found, ttl_s, time.time())
+        except AwayError:  # from this moment on
+            return False
 
     def load_array(
         self,
@@ -322,7 +328,10 @@ class Client:
     ) -> Export | None:
         """Return a verified copy of an array that `save_array` has stored; None for a miss."""
         named = arrays.Named(self, arrays.Source(model, revision, adapter, salt), name)
-        found = None if self.away else named.load(time.time())
+        try:
+            found = None if self.away else named.load(time.time())
+        except AwayError:  # from this moment on
+            found = None
         return None if found is None else export(found)
 
     # Keeping house
