@@ -22,7 +22,7 @@ from kvengine.arena import Arena
 from kvengine.config import Config
 from kvengine.engine import Engine
 from kvengine.errors import KVEngineError
-from kvengine.peer.service import Admitted, Peer
+from kvengine.peer.service import Admitted, House, Peer
 from kvengine.shares import Limits, Want, shares
 from kvengine.slab import PAGE_BYTES, Slab, reader, shared
 from kvengine.tenants import DEFAULT, UNLIMITED, Quota, Tenants
@@ -112,9 +112,12 @@ class Residents:
         """Return all who are here."""
         return list(self._by_name.values())
 
-    def descriptors(self, tenant: str, writable: bool) -> list[int]:
-        """Give what a client of a tenant maps."""
-        return self._by_name[tenant].memory.descriptors(writable)
+    def descriptors(self, house: House, writable: bool) -> list[int]:
+        """Give what a client of an engine maps; nothing where its tenant has gone meanwhile."""
+        for each in self.residents():
+            if each.engine is house:
+                return each.memory.descriptors(writable)
+        return []
 
     def admit(self, peer: Peer, tenant: str, credential: bytes) -> Admitted | str:
         """Say which tenant's blocks a client may use and how, or why none."""

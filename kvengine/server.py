@@ -373,7 +373,10 @@ class Server:
             return
         descriptors: list[int] = []
         if action.memory is not None:
-            descriptors = self._residents.descriptors(action.memory.tenant, action.writable)
+            descriptors = self._residents.descriptors(action.memory, action.writable)
+            if not descriptors:
+                self._close(connection)
+                return
         data = memoryview(self._coder.frame(action.message))
         connection.outbox.append((data, descriptors))
         connection.unsent += len(data)
