@@ -104,6 +104,20 @@ def test_what_a_client_leaves_behind(wire, how):
     assert one.line in wire.forgotten
 
 
+@pytest.mark.parametrize("said", ["reserve", "match"])
+def test_what_a_dead_client_had_sent_is_lent_nothing(wire, said):
+    one, two = Guest(wire, 1), Guest(wire, 2)
+    two.save(keys(2))
+    wire.exit(one.line)  # seen before what stands in its socket is read
+    if said == "reserve":
+        wire.say(one.line, m.Reserve(1, one.space, keys(2, seed=1), 0, bytes(32)))
+    else:
+        wire.say(one.line, m.Match(1, one.space, keys(2), 0, bytes(32)))
+    stats = two.stats()
+    assert (stats["leases"], stats["reservations"]) == (0, 0)
+    assert {one.line, one.ear} <= wire.ended
+
+
 def test_nobody_settles_for_another_process(wire):
     one, two = Guest(wire, 1), Guest(wire, 2)
     one.reserve(keys(2))

@@ -254,6 +254,10 @@ class Service:
         session = self._sessions.get(connection)
         if session is None:
             return self._greet(connection, message)
+        if session.lost:
+            # Sent before its process ended, or beside the other connection: nobody would give back
+            # what it is lent now.
+            return [End(connection)]
         verb = self._verbs.get(type(message))
         if verb is None or connection != session.connections[0]:
             return [End(connection)]  # a second Hello, or requests where answers are awaited
