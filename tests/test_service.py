@@ -94,7 +94,7 @@ def test_what_a_client_leaves_behind(wire, how):
         assert two.stats()["quarantined_blocks"] == 6 and two.stats()["leases"] == 1
         assert len(two.reserve(keys(1, seed=1)).slots) == 0
         again = Guest(wire, 1)  # it is back, with other sockets
-        again.say(m.Settled(0, one.welcome.session))
+        assert again.say(m.Settled(1, one.welcome.session)) == m.Done(1)
     else:
         assert one.say(m.Bye(1)) == m.Done(1)
         assert {one.line, one.ear} <= wire.ended

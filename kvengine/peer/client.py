@@ -554,8 +554,9 @@ class Client:
     def _settle(self) -> None:
         """Tell the daemon which earlier sessions have nothing in use any more."""
         for old in [each for each in self._old if not each.in_use]:
-            if old.welcome.incarnation == self._proxy.welcome.incarnation:
-                self._proxy.settled(old.welcome.session)
+            here = old.welcome.incarnation == self._proxy.welcome.incarnation
+            if here and not self._proxy.settled(old.welcome.session):
+                return  # the next connection is told
             old.forsake()
             self._old.remove(old)
 

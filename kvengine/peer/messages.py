@@ -232,7 +232,7 @@ class Observe(Message, tag=23):
 
 
 class Settled(Message, tag=24):
-    """Nothing of an earlier session of this process is in use any more. No answer."""
+    """Nothing of an earlier session of this process is in use any more. Answer: Done."""
 
     session: Token
 

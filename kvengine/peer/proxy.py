@@ -445,9 +445,9 @@ class Proxy:
         space = self._spaces[namespace.number].number
         self._ask(m.Observe(self._next(), space, position, tokens, seconds))
 
-    def settled(self, session: bytes) -> None:
-        """Say that nothing of an earlier session is in use any more."""
-        self._tell(m.Settled(0, session))
+    def settled(self, session: bytes) -> bool:
+        """Say that nothing of an earlier session is in use any more; whether it was heard."""
+        return isinstance(self._ask(m.Settled(self._next(), session)), m.Done)
 
     @property
     def in_use(self) -> bool:

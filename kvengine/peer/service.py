@@ -682,9 +682,10 @@ class Service:
 
     def _settled(self, session: Session, message: m.Settled, now: float) -> list[Action]:
         old = self._by_token.get(message.session)
+        found = self._say(session, m.Done(message.number)) if message.number else []
         if old is None or not old.lost or old.house is not session.house:
-            return []
-        return self._end(old) if old.peer.pid == session.peer.pid else []
+            return found
+        return found + self._end(old) if old.peer.pid == session.peer.pid else found
 
     def _bye(self, session: Session, message: m.Bye, now: float) -> list[Action]:
         connections = list(session.connections)
