@@ -47,8 +47,8 @@ class Arena(Slab):
     """Memory that can be addressed. Not thread-safe: the store's lock guards it.
 
     `handle`: the descriptor of shared memory, private if None. Shared memory has a word for each
-    page, `generations`, that is raised before a slot that begins there is lent: who has copied from
-    a slot looks again whether it is still the same.
+    page, `generations`, that is raised before a slot that begins there is lent or given back to the
+    system: who has copied from a slot looks again whether it is still the same.
     """
 
     def __init__(
@@ -156,6 +156,8 @@ class Arena(Slab):
                 for run in _runs(np.sort(known.free[: known.count]), known.pages)
             ]
             for start, size in free + self._holes:
+                if self.generations is not None:
+                    self.generations[start : start + size] += np.uint32(1)
                 self.punch(start, size)
                 self._backed[start : start + size] = False
         return int(np.count_nonzero(self._backed)) * PAGE_BYTES

@@ -222,7 +222,7 @@ def test_a_limit_gives_memory_back_as_zeros():
     arena.memory[:] = b"x" * arena.nbytes
     arena.give(3 * PAGE_BYTES, slots[:40][::2])
     arena.give(PAGE_BYTES, slots[40:][1::3])
-    taken = arena.taken_pages
+    taken, words = arena.taken_pages, arena.generation(slots)
     assert arena.limit(taken * PAGE_BYTES) == taken * PAGE_BYTES == backed_bytes(arena)
     held = np.zeros(256, np.bool_)
     for slot in slots[:40][1::2]:
@@ -231,6 +231,8 @@ def test_a_limit_gives_memory_back_as_zeros():
         held[slot] = True
     pages = np.frombuffer(arena.memory, np.uint8).reshape(256, PAGE_BYTES)
     assert (pages[held] == ord("x")).all(), "what is lent stays"
+    raised = arena.generation(slots) != words
+    assert (raised == ~held[slots]).all(), "who reads still what is zero now can tell"
     assert not pages[~held].any(), "nobody finds what was there before"
     assert arena.available(PAGE_BYTES) == 0 == len(arena.take(PAGE_BYTES, 5))
     arena.give(PAGE_BYTES, slots[40:41])
