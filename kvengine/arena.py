@@ -7,7 +7,7 @@ The arena knows nothing of blocks: the store owns slots from `take` to `give`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,7 @@ class Arena(Slab):
         pages = self.nbytes // PAGE_BYTES
         self.limit_pages = pages
         self._backed = np.zeros(pages, dtype=np.bool_)  # pages that may have memory behind them
+        self.backing: Callable[[], int] | None = None  # says how many have, where it is shared
         self._holes: list[tuple[int, int]] = [(0, pages)]
         self._classes: dict[int, SizeClass] = {}
         self.taken_pages = 0
@@ -149,7 +150,9 @@ class Arena(Slab):
         self.limit_pages = min(nbytes, self.nbytes) // PAGE_BYTES
         if not self.is_whole:
             self.stop()  # of `populate`
-        if np.count_nonzero(self._backed) > self.limit_pages:
+        # A client may have written where nothing was lent to it: the system knows.
+        backed = 0 if self.is_whole or self.backing is None else self.backing()
+        if max(np.count_nonzero(self._backed), backed) > self.limit_pages:
             free = [
                 run
                 for known in self._classes.values()

@@ -48,6 +48,7 @@ class Shared:
         pages = max(1, nbytes // PAGE_BYTES)
         words = -(-pages * 4 // PAGE_BYTES) * PAGE_BYTES
         self._handles: list[int] = []
+        self._lock = threading.Lock()  # no descriptor is given that is being closed
         try:
             for size, what in ((pages * PAGE_BYTES, "slots"), (words, "words")):
                 self._handles.append(shared(size, f"kvengine {what} {tenant}"[:200]))
@@ -55,18 +56,31 @@ class Shared:
             self._words = Slab(words, self._handles[1])
             generations = np.frombuffer(self._words.memory, dtype=np.uint32)[:pages]
             self.arena = Arena(nbytes, self._handles[0], generations)
+            self.arena.backing = self._backed
         except BaseException:
             self.close()
             raise
 
     def descriptors(self, writable: bool) -> list[int]:
-        """Give what a client maps: slots and words; words to be read only."""
-        return [self._handles[0 if writable else 2], self._handles[3]]
+        """Give what a client maps: slots and words; words to be read only.
+
+        Copies, the caller's to close; none where the memory is gone.
+        """
+        with self._lock:
+            if not self._handles:
+                return []
+            return [os.dup(self._handles[each]) for each in (0 if writable else 2, 3)]
+
+    def _backed(self) -> int:
+        """Return for how many pages the system holds memory, whoever has written there."""
+        with self._lock:
+            return os.fstat(self._handles[0]).st_blocks * 512 // PAGE_BYTES if self._handles else 0
 
     def close(self) -> None:
         """Let go of the descriptors."""
-        while self._handles:
-            os.close(self._handles.pop())
+        with self._lock:
+            while self._handles:
+                os.close(self._handles.pop())
 
 
 @dataclass(slots=True, eq=False)
@@ -113,7 +127,7 @@ class Residents:
         return list(self._by_name.values())
 
     def descriptors(self, house: House, writable: bool) -> list[int]:
-        """Give what a client of an engine maps; nothing where its tenant has gone meanwhile."""
+        """Give what a client of an engine maps: copies; none where its tenant has gone."""
         for each in self.residents():
             if each.engine is house:
                 return each.memory.descriptors(writable)

@@ -7,9 +7,11 @@ through none of them: clients map the memory. Started by `kvengine serve`.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import math
 import os
+import resource
 import select
 import socket
 import struct
@@ -22,6 +24,7 @@ from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from kvengine.config import Config
 from kvengine.errors import ConfigError, DirectoryInUse
@@ -33,6 +36,10 @@ from kvengine.tenants import Tenants
 from kvengine.workers import Workers
 
 CONNECTIONS_MAX = 2048
+STRANGERS_MAX = 64  # connections that have not said who they are: the oldest makes room
+STRANGER_BYTES_MAX = 1 << 16  # what one of those, or one that only listens, may say at once
+DESCRIPTORS_MIN = 8192
+HTTP_MAX, HTTP_S = 32, 5.0  # watchers at once, and how long one may take
 UNSENT_BYTES_MAX = 4 << 20  # of a client that does not read its answers: it is disconnected
 RECEIVE_BYTES = 1 << 18
 SOCKET_BYTES = 1 << 20
@@ -58,6 +65,7 @@ class Connection:
     ending: bool = False
     waiting: deque[bytes] = field(default_factory=deque)
     interest: int = select.EPOLLIN
+    most: int = STRANGER_BYTES_MAX
 
 
 class Server:
@@ -85,10 +93,12 @@ class Server:
         self._processes: dict[int, int] = {}  # pidfd by number
         self._watched: dict[int, int] = {}  # number by pidfd
         self._numbers = 0
+        self._strangers: dict[int, Connection] = {}  # by number, the oldest first
         self._coder = m.Coder()
         self._received = memoryview(bytearray(RECEIVE_BYTES))
         self._balancing = False
         self._balance_at = 0.0
+        _raise_descriptors()
         self._lock = _lock(self.path)
         try:
             self._listener = _listener(self.path)
@@ -216,7 +226,9 @@ class Server:
         wait_s = min(wait_s, self.service.next_tick - now, self._balance_at - now)
         for fd, event in self._epoll.poll(max(0.0, wait_s)):
             if (connection := self._connections.get(fd)) is not None:
-                if event & ~select.EPOLLOUT:
+                if event & (select.EPOLLHUP | select.EPOLLERR) and connection.held:
+                    self._close(connection)  # nobody waits for the answer
+                elif event & ~select.EPOLLOUT:
                     self._read(connection)
                 if event & select.EPOLLOUT and fd in self._connections:
                     self._write(connection)
@@ -225,7 +237,9 @@ class Server:
             elif fd == self._wake_in:
                 _drain(fd)
             elif fd in self._watched:
-                self._act(self.service.exited(self._watched[fd], time.monotonic()))
+                process = self._watched[fd]
+                self._act(self.service.exited(process, time.monotonic()))
+                self._forget(process)
         while self._done:
             later, held = self._done.popleft()
             self._act(later.then(time.monotonic()))
@@ -252,6 +266,8 @@ class Server:
         if len(self._connections) >= CONNECTIONS_MAX:
             client.close()
             return
+        if len(self._strangers) >= STRANGERS_MAX:
+            self._close(next(iter(self._strangers.values())))
         pid, uid, gid = struct.unpack(
             "3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
         )
@@ -265,6 +281,7 @@ class Server:
         connection = Connection(self._numbers, client, self._numbers)
         self._connections[client.fileno()] = self._by_number[connection.number] = connection
         self._processes[connection.process], self._watched[pidfd] = pidfd, connection.process
+        self._strangers[connection.number] = connection
         self._epoll.register(client, select.EPOLLIN)
         self._epoll.register(pidfd, select.EPOLLIN)
         peer = Peer(connection.process, pid, uid, gid)
@@ -275,6 +292,10 @@ class Server:
         if self._connections.pop(fd, None) is None:
             return
         del self._by_number[connection.number]
+        self._strangers.pop(connection.number, None)
+        for _, descriptors in connection.outbox:
+            _close_all(descriptors)
+        connection.outbox.clear()
         self._epoll.unregister(fd)
         connection.socket.close()
         self._act(self.service.closed(connection.number, time.monotonic()))
@@ -301,7 +322,7 @@ class Server:
                 return
             try:
                 connection.inbox += self._received[:count]
-                found, connection.inbox = m.split(connection.inbox)
+                found, connection.inbox = m.split(connection.inbox, connection.most)
             except m.Wrong:
                 self._close(connection)
                 return
@@ -335,8 +356,13 @@ class Server:
         self._listen(connection)
 
     def _receive(self, connection: Connection, messages: Sequence[m.Request]) -> list[m.Release]:
-        for message in messages:
-            self._act(self.service.received(connection.number, message, time.monotonic()))
+        """Have messages answered; returns an empty list. A fault ends the connection alone."""
+        try:
+            for message in messages:
+                self._act(self.service.received(connection.number, message, time.monotonic()))
+        except Exception as error:  # the daemon is there for the others
+            self._failed(error)
+            self._close(connection)
         return []
 
     def _act(self, actions: Iterable[Action]) -> None:
@@ -371,11 +397,13 @@ class Server:
         connection = self._by_number.get(action.connection)
         if connection is None:
             return
+        self._strangers.pop(connection.number, None)
         descriptors: list[int] = []
         if action.memory is not None:
             descriptors = self._residents.descriptors(action.memory, action.writable)
+            connection.most = m.MESSAGE_BYTES_MAX
             if not descriptors:
-                self._close(connection)
+                self._close(connection)  # the tenant has been removed just now
                 return
         data = memoryview(self._coder.frame(action.message))
         connection.outbox.append((data, descriptors))
@@ -391,6 +419,7 @@ class Server:
                     sent = socket.send_fds(connection.socket, [data], descriptors)
                 else:
                     sent = connection.socket.send(data)
+                _close_all(descriptors)
                 connection.unsent -= sent
                 if sent == len(data):
                     outbox.popleft()
@@ -449,12 +478,27 @@ def _listener(path: Path) -> socket.socket:
     return found
 
 
+def _close_all(descriptors: list[int]) -> None:
+    while descriptors:
+        os.close(descriptors.pop())
+
+
+def _raise_descriptors() -> None:
+    """Have descriptors enough for all connections, each of which takes two, and for tiers."""
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    want = DESCRIPTORS_MIN if most == resource.RLIM_INFINITY else min(DESCRIPTORS_MIN, most)
+    if soft != resource.RLIM_INFINITY and soft < want:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (want, most))
+
+
 def _pidfd(client: socket.socket, pid: int) -> int:
     """Return a descriptor that tells when the process at the other end ends."""
     try:
         packed = client.getsockopt(socket.SOL_SOCKET, SO_PEERPIDFD, 4)
         return int(struct.unpack("i", packed)[0])
-    except OSError:
+    except OSError as error:
+        if error.errno != errno.ENOPROTOOPT:
+            raise  # it has ended: its number may be another's now
         return os.pidfd_open(pid)
 
 
@@ -470,6 +514,8 @@ def _serve_http(server: Server, port: int) -> ThreadingHTTPServer:
     """Serve what watchers and scrapers ask for, on loopback."""
 
     class Handler(BaseHTTPRequestHandler):
+        timeout = HTTP_S
+
         def do_GET(self) -> None:
             status, kind, body = 200, "text/plain; charset=utf-8", b"ok\n"
             if self.path == "/readyz":
@@ -488,10 +534,27 @@ def _serve_http(server: Server, port: int) -> ThreadingHTTPServer:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
+    turns = threading.BoundedSemaphore(HTTP_MAX)
+
+    class Watched(ThreadingHTTPServer):
+        daemon_threads = True
+        request_queue_size = 2 * HTTP_MAX
+
+        def process_request(self, request: Any, client_address: Any) -> None:
+            if turns.acquire(blocking=False):
+                super().process_request(request, client_address)
+            else:
+                self.shutdown_request(request)
+
+        def process_request_thread(self, request: Any, client_address: Any) -> None:
+            try:
+                super().process_request_thread(request, client_address)
+            finally:
+                turns.release()
+
     try:
-        found = ThreadingHTTPServer(("127.0.0.1", port), Handler)
+        found = Watched(("127.0.0.1", port), Handler)
     except OSError as error:
         raise ConfigError(f"port {port} of 127.0.0.1 cannot be used: {error.strerror}") from None
-    found.daemon_threads = True
     threading.Thread(target=found.serve_forever, name="kvengine-http", daemon=True).start()
     return found

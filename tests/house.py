@@ -148,13 +148,15 @@ class Guest:
         self.wire, self.pid = wire, number
         self.line, self.ear = 10 * number, 10 * number + 1
         wire.connect(self.line, self.pid)
-        hello = m.Hello(1, m.VERSION, m.VERSION, tenant, b"", True)
-        self.welcome = wire.say(self.line, hello)
+        self.welcome = wire.say(self.line, self.hello(tenant))
         wire.connect(self.ear, self.pid)
         assert wire.say(self.ear, m.Listen(1, self.welcome.session)) == m.Done(1)
         facts = dict.fromkeys(m.IDENTITY, "") | {"model": model, "fidelity": "exact"}
         self.opened = self.say(m.Open(1, facts, asdict(rig.layout()), False))
         self.space = self.opened.numbers[0]
+
+    def hello(self, tenant: str) -> m.Hello:
+        return m.Hello(1, m.VERSION, m.VERSION, tenant, b"", True)
 
     def say(self, message: m.Message) -> m.Answer | None:
         return self.wire.say(self.line, message)

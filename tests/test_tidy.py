@@ -138,6 +138,7 @@ CATCH_ALL = (
     ("fetches", "Fetches._tell"),
     ("transfer", "Transfers._run.run"),
     ("transfer", "Transfers.guarded"),
+    ("server", "Server._receive"),
     ("adapters.*", "*guarded"),
 )
 # One registry of engines by config, in an adapter whose framework builds several objects.

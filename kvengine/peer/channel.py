@@ -64,12 +64,15 @@ class Channel:
         """Do as `ask`; return descriptors that have come with the answer, the caller's to close."""
         with self._lock:
             end = time.monotonic() + (self._timeout_s if timeout_s is None else timeout_s)
+            fds: list[int] = []
             try:
                 self._send(message)
                 fds = self._receive_descriptors() if descriptors else []
                 answer = self._read(end)
             except (OSError, Wrong) as error:
                 self._end()
+                for fd in fds:
+                    os.close(fd)
                 raise Lost(str(error)) from None
             if answer.number != message.number:
                 self._end()

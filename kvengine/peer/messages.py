@@ -400,6 +400,10 @@ VERSIONS, TENANT, SPACE, STALE, LAYOUT, BUSY, READ_ONLY, FAILED = (
 )
 
 
+# What a decoder raises: of texts that are no UTF-8, and of what is nested too deep, not its own.
+UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
 class Wrong(ValueError):
     """Bytes that are no message: the connection ends."""
 
@@ -427,7 +431,7 @@ class Coder:
         try:
             found: Request = self._requests.decode(data)
             return found
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise Wrong(str(error)) from None
 
     def answer(self, data: bytes | memoryview | bytearray) -> Answer:
@@ -435,7 +439,7 @@ class Coder:
         try:
             found: Answer = self._answers.decode(data)
             return found
-        except msgspec.DecodeError as error:
+        except UNREADABLE as error:
             raise Wrong(str(error)) from None
 
 
@@ -451,4 +455,6 @@ def split(data: bytearray, limit: int = MESSAGE_BYTES_MAX) -> tuple[list[bytes],
             break
         found.append(bytes(data[at + LENGTH_BYTES : at + LENGTH_BYTES + size]))
         at += LENGTH_BYTES + size
-    return found, data[at:]
+    if at:
+        del data[:at]  # what comes in small pieces is not copied for each of them
+    return found, data

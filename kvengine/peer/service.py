@@ -35,6 +35,8 @@ from kvengine.store import Store
 
 Found = TypeVar("Found")
 SESSIONS_MAX = 1024
+SESSIONS_SHARE = 4  # a tenant has at most this part of them
+DEADLINES_SPARE = 1 << 12
 LEASES_MAX = 1 << 14  # of a session
 RESERVATIONS_MAX = 1 << 12
 SPACES_MAX = 1 << 12
@@ -214,7 +216,9 @@ class Service:
         self._peers: dict[int, Peer] = {}  # of connections that have not said who they are
         self._sessions: dict[int, Session] = {}  # by connection
         self._by_token: dict[bytes, Session] = {}
+        self._owners: dict[bytes, Session] = {}  # of leases, by token
         self._deadlines: list[tuple[float, bytes, bytes]] = []  # when, session, token
+        self._deadlines_max = DEADLINES_SPARE
         self._verbs: dict[type, Callable[..., list[Action]]] = {
             m.Open: self._open,
             m.Probe: self._probe,
@@ -259,7 +263,7 @@ class Service:
             # what it is lent now.
             return [End(connection)]
         verb = self._verbs.get(type(message))
-        if verb is None or connection != session.connections[0]:
+        if verb is None or session.lost or connection != session.connections[0]:
             return [End(connection)]  # a second Hello, or requests where answers are awaited
         if not session.writable and isinstance(message, CHANGES):
             return self._no(session, message, m.READ_ONLY, READS_ONLY) if message.number else []
@@ -280,11 +284,16 @@ class Service:
         return found + self._maybe_over(session)
 
     def exited(self, process: int, now: float) -> list[Action]:
-        """Note that a process is gone: nothing of it is in use any more."""
+        """Note that a process is gone: nothing of it is in use any more.
+
+        Another that has its sockets, a child of it, is no client: they are closed.
+        """
         found: list[Action] = []
         for session in list(self._by_token.values()):
             if session.peer.process == process:
+                found += [End(each) for each in session.connections]
                 found += self._end(session)
+        found += [End(each) for each, peer in self._peers.items() if peer.process == process]
         return found
 
     def tick(self, now: float) -> list[Action]:
@@ -335,6 +344,10 @@ class Service:
         if isinstance(admitted, str):
             return self._refuse(connection, message, m.TENANT, admitted)
         house, may_write, limits = admitted
+        held = sum(each.house is house for each in self._by_token.values())
+        if held >= SESSIONS_MAX // SESSIONS_SHARE:
+            text = f"this tenant has {held} clients, the most of one tenant: end some"
+            return self._refuse(connection, message, m.BUSY, text)
         writable = message.writable and may_write
         del self._peers[connection]
         token = self._draw(m.TOKEN_BYTES)
@@ -449,8 +462,8 @@ class Service:
             lease.release()
         elif lease.blocks:
             session.leases[lease.token] = lease
-            when = now + session.house.config.lease_s
-            heapq.heappush(self._deadlines, (when, session.token, lease.token))
+            self._owners[lease.token] = session
+            self._remind(now + session.house.config.lease_s, session, lease.token)
         store = session.house.store
         slots, numbers = store.places(lease.ids)
         usual = lease.keys.namespace.number
@@ -473,18 +486,17 @@ class Service:
         for token in _tokens(message.tokens):
             lease = session.leases.pop(token, None)
             if lease is not None:
+                del self._owners[token]
                 lease.release()
         return []
 
     def _adopt(self, session: Session, message: m.Adopt, now: float) -> list[Action]:
-        for other in self._by_token.values():
-            found = other.leases.get(message.token)
-            if found is not None and other.house is session.house and not other.lost:
-                break
-        else:
+        other = self._owners.get(message.token)
+        if other is None or other.house is not session.house or other.lost:
             return self._no(session, message, m.STALE, "no such lease: it has ended")
         if len(session.leases) >= LEASES_MAX:
             return self._no(session, message, m.BUSY, "too many leases: release some")
+        found = other.leases[message.token]
         keys = found.keys
         lease = session.house.store.share(found)
         session.spaces[keys.namespace.number] = keys.namespace
@@ -558,8 +570,7 @@ class Service:
         made = house.store.reserve(keys, form, group)
         if len(made):
             session.reservations[made.token] = made
-            when = now + house.config.reservation_s
-            heapq.heappush(self._deadlines, (when, session.token, made.token))
+            self._remind(now + house.config.reservation_s, session, made.token)
         reserved = m.Reserved(
             message.number,
             made.token,
@@ -623,12 +634,15 @@ class Service:
         house, keys = session.house, self._keys(session, message)
         if isinstance(keys, m.Refused):
             return self._say(session, keys)
-        if message.resume_s:
-            count = house.hint(keys, expect_resume_in=message.resume_s)
-        elif message.branch:
-            count = house.hint(keys, branch_done=True)
-        else:
-            count = house.hint(keys, session_end=True)
+        try:
+            if message.resume_s:
+                count = house.hint(keys, expect_resume_in=message.resume_s)
+            elif message.branch:
+                count = house.hint(keys, branch_done=True)
+            else:
+                count = house.hint(keys, session_end=True)
+        except ConfigError as error:
+            return self._no(session, message, m.LAYOUT, str(error))
         return self._say(session, m.Count(message.number, count))
 
     def _pin(self, session: Session, message: m.Pin, now: float) -> list[Action]:
@@ -636,7 +650,10 @@ class Service:
         if isinstance(keys, m.Refused):
             return self._say(session, keys)
         duration_s = message.duration_s or None
-        count = house.pin(keys, duration_s, hard=duration_s is None)
+        try:
+            count = house.pin(keys, duration_s, hard=duration_s is None)
+        except ConfigError as error:
+            return self._no(session, message, m.LAYOUT, str(error))
         return self._say(session, m.Count(message.number, count))
 
     def _unpin(self, session: Session, message: m.Unpin, now: float) -> list[Action]:
@@ -693,6 +710,18 @@ class Service:
         return found + [End(each) for each in connections]
 
     # Inside
+
+    def _remind(self, when: float, session: Session, token: bytes) -> None:
+        """Note a deadline. Those of what has ended are forgotten once they are the most."""
+        heapq.heappush(self._deadlines, (when, session.token, token))
+        if len(self._deadlines) > self._deadlines_max:
+            self._deadlines = [each for each in self._deadlines if self._is_due(*each[1:])]
+            heapq.heapify(self._deadlines)
+            self._deadlines_max = 2 * len(self._deadlines) + DEADLINES_SPARE
+
+    def _is_due(self, owner: bytes, token: bytes) -> bool:
+        session = self._by_token.get(owner)
+        return session is not None and (token in session.leases or token in session.reservations)
 
     def _asked(self, session: Session, message: m.Table, now: float) -> BlockKeys | m.Refused:
         """Read a table of keys that is looked up, unless its tenant looks up too many."""
@@ -769,7 +798,8 @@ class Service:
         session.lost = True
         if self._by_token.pop(session.token, None) is None:
             return []
-        for lease in session.leases.values():
+        for token, lease in session.leases.items():
+            del self._owners[token]
             lease.release()
         for reservation in session.reservations.values():
             session.house.store.abort(reservation)
