@@ -152,7 +152,7 @@ class Arena(Slab):
             self.stop()  # of `populate`
         # A client may have written where nothing was lent to it: the system knows.
         backed = 0 if self.is_whole or self.backing is None else self.backing()
-        if max(np.count_nonzero(self._backed), backed) > self.limit_pages:
+        if max(int(np.count_nonzero(self._backed)), backed) > self.limit_pages:
             free = [
                 run
                 for known in self._classes.values()

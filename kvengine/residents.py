@@ -11,7 +11,9 @@ import os
 import shutil
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import blake3
@@ -56,7 +58,7 @@ class Shared:
             self._words = Slab(words, self._handles[1])
             generations = np.frombuffer(self._words.memory, dtype=np.uint32)[:pages]
             self.arena = Arena(nbytes, self._handles[0], generations)
-            self.arena.backing = self._backed
+            self.arena.backing = partial(_backed, self._handles, self._lock)
         except BaseException:
             self.close()
             raise
@@ -71,16 +73,17 @@ class Shared:
                 return []
             return [os.dup(self._handles[each]) for each in (0 if writable else 2, 3)]
 
-    def _backed(self) -> int:
-        """Return for how many pages the system holds memory, whoever has written there."""
-        with self._lock:
-            return os.fstat(self._handles[0]).st_blocks * 512 // PAGE_BYTES if self._handles else 0
-
     def close(self) -> None:
         """Let go of the descriptors."""
         with self._lock:
             while self._handles:
                 os.close(self._handles.pop())
+
+
+def _backed(handles: Sequence[int], lock: threading.Lock) -> int:
+    """Return for how many pages the system holds memory, whoever has written there."""
+    with lock:
+        return os.fstat(handles[0]).st_blocks * 512 // PAGE_BYTES if handles else 0
 
 
 @dataclass(slots=True, eq=False)
