@@ -7,6 +7,7 @@ import pytest
 
 import hostsim
 from kvengine.peer import messages as m
+from kvengine.peer.service import End
 
 SEEDS = 1000
 
@@ -156,7 +157,12 @@ def the_dead_are_heard(sim):
         finally:
             session.lost = True
 
-    sim.service.received = received
+    exited = sim.service.exited
+
+    def stays(process, now):  # or its connections are closed, and nothing of them is read
+        return [each for each in exited(process, now) if not isinstance(each, End)]
+
+    sim.service.received, sim.service.exited = received, stays
 
 
 def quota_is_ignored(sim):

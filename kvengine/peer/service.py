@@ -263,7 +263,7 @@ class Service:
             # what it is lent now.
             return [End(connection)]
         verb = self._verbs.get(type(message))
-        if verb is None or session.lost or connection != session.connections[0]:
+        if verb is None or connection != session.connections[0]:
             return [End(connection)]  # a second Hello, or requests where answers are awaited
         if not session.writable and isinstance(message, CHANGES):
             return self._no(session, message, m.READ_ONLY, READS_ONLY) if message.number else []
