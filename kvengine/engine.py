@@ -37,14 +37,14 @@ from kvengine.load import Load, loading
 from kvengine.metrics import Metrics
 from kvengine.pin import Pin
 from kvengine.pins import SOFT_SHARE, Pins
-from kvengine.plan import MEMORY, Costs
+from kvengine.plan import MEMORY, Costs, check_prefill
 from kvengine.policy import Request
 from kvengine.policy.named import policy_of
 from kvengine.policy.retention import Retained
 from kvengine.pools import PoolMatch, match_pools
 from kvengine.prefetch import PREFETCH_BYTES, prefetch
 from kvengine.record import RECORD_BYTES, Recorder
-from kvengine.retention import Retention, asked_for, check_seconds
+from kvengine.retention import Retention, asked_for, check_hint, check_pin, check_seconds
 from kvengine.save import Save, group_of, saving
 from kvengine.seal import KEPT_BYTES, Sealer
 from kvengine.shadow import Computing, Shadowed, Shadows
@@ -285,11 +285,7 @@ class Engine:
         From the first of these on `match` says what is worth fetching; tiers are measured by the
         engine itself. Raises ConfigError for what cannot be.
         """
-        if not (position >= 0 and tokens > 0 and 0 < seconds < 1e6):
-            raise ConfigError(
-                f"observe_prefill: given {tokens} tokens after {position} in {seconds} s, expected "
-                "at least one token and a time above 0"
-            )
+        check_prefill(position, tokens, seconds)
         self._costs.computed(_model(namespace), position, tokens, seconds)
 
     # Moving
@@ -434,11 +430,7 @@ class Engine:
         where all of memory is pinned, saves are refused and counted. Raises ConfigError for a soft
         pin without a duration, or a hard one with one.
         """
-        if hard != (duration_s is None) or duration_s is not None and not 0 < duration_s < 1e9:
-            raise ConfigError(
-                f"pin: given duration_s={duration_s} and hard={hard}, expected a number of seconds "
-                "above 0 for a soft pin, and none for a hard one"
-            )
+        check_pin(duration_s, hard)
         if self._gone(keys):
             return 0
         with self._store.match(keys) as lease:
@@ -468,13 +460,7 @@ class Engine:
         block ends its hint. Blocks that are not in memory, or came before anybody used retention,
         are counted and left alone. Raises ConfigError for contradictory hints.
         """
-        check_seconds("expect_resume_in", expect_resume_in)
-        resumes = expect_resume_in is not None
-        if session_end + branch_done + resumes != 1 or (prefetch and not resumes):
-            raise ConfigError(
-                "hint: give one of session_end, branch_done and expect_resume_in; prefetch goes "
-                "with the last"
-            )
+        check_hint(session_end, branch_done, expect_resume_in, prefetch)
         if self._gone(keys):
             return 0
         if prefetch:

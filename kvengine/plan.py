@@ -19,6 +19,8 @@ from itertools import combinations
 import numpy as np
 from numpy.typing import NDArray
 
+from kvengine.errors import ConfigError
+
 Floats = NDArray[np.float64]
 Int32s = NDArray[np.int32]
 Int64s = NDArray[np.int64]
@@ -330,3 +332,12 @@ class Costs:
         with self._lock:
             prefill = self._prefills.get(model)
             return prefill.until(tokens) if prefill is not None and prefill.measured else None
+
+
+def check_prefill(position: int, tokens: int, seconds: float) -> None:
+    """Raise ConfigError for what no computing can have taken. See `Engine.observe_prefill`."""
+    if not (position >= 0 and tokens > 0 and 0 < seconds < 1e6):
+        raise ConfigError(
+            f"observe_prefill: given {tokens} tokens after {position} in {seconds} s, expected "
+            "at least one token and a time above 0"
+        )

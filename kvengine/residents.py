@@ -213,11 +213,7 @@ class Residents:
         held = 0
         for name, each in self._by_name.items():
             each.limit_bytes = min(each.limit_bytes, target[name])
-            if each.engine.memory_bytes() > each.limit_bytes:
-                held += max(each.limit_bytes, each.engine.limit(each.limit_bytes))
-            else:
-                each.engine.limit(each.limit_bytes)
-                held += each.limit_bytes
+            held += max(each.limit_bytes, each.engine.limit(each.limit_bytes))
         left = total - held
         for name, each in self._by_name.items():
             step = min(left, target[name] - each.limit_bytes)

@@ -68,3 +68,25 @@ def check_seconds(name: str, seconds: float | None) -> None:
             f"{name}: given {seconds!r}, expected a number of seconds above 0, up to "
             f"{SECONDS_MAX:g}, or None"
         )
+
+
+def check_hint(
+    session_end: bool, branch_done: bool, expect_resume_in: float | None, prefetch: bool
+) -> None:
+    """Raise ConfigError for a hint that contradicts itself. See `Engine.hint`."""
+    check_seconds("expect_resume_in", expect_resume_in)
+    resumes = expect_resume_in is not None
+    if session_end + branch_done + resumes != 1 or (prefetch and not resumes):
+        raise ConfigError(
+            "hint: give one of session_end, branch_done and expect_resume_in; prefetch goes "
+            "with the last"
+        )
+
+
+def check_pin(duration_s: float | None, hard: bool) -> None:
+    """Raise ConfigError for a soft pin without a duration, or a hard one with one."""
+    if hard != (duration_s is None) or duration_s is not None and not 0 < duration_s < 1e9:
+        raise ConfigError(
+            f"pin: given duration_s={duration_s} and hard={hard}, expected a number of seconds "
+            "above 0 for a soft pin, and none for a hard one"
+        )

@@ -55,12 +55,6 @@ def shares(total_bytes: int, wants: Mapping[str, Want]) -> dict[str, int]:
     return given
 
 
-def floors(total_bytes: int, wants: Mapping[str, Want]) -> dict[str, int]:
-    """Return what each tenant would hold if all wanted everything: its share, for reports."""
-    greedy = {name: want._replace(want_bytes=total_bytes) for name, want in wants.items()}
-    return shares(total_bytes, greedy)
-
-
 class Limits:
     """How much one tenant may ask for; nothing is limited until `set`. Any thread may call."""
 

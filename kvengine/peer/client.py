@@ -34,10 +34,11 @@ from kvengine.metrics import Metrics
 from kvengine.peer import messages as m
 from kvengine.peer.channel import Lost
 from kvengine.peer.proxy import Asked, Proxy
+from kvengine.plan import check_prefill
 from kvengine.policy import Request
 from kvengine.pools import PoolMatch, match_pools
 from kvengine.record import RECORD_BYTES, Recorder
-from kvengine.retention import Retention, asked_for, check_seconds
+from kvengine.retention import Retention, asked_for, check_hint, check_pin, check_seconds
 from kvengine.save import Save, group_of, saving
 from kvengine.store import EMPTY
 from kvengine.tiers.finder import Finder
@@ -226,11 +227,7 @@ class Client:
         self, namespace: Namespace, position: int, tokens: int, seconds: float
     ) -> None:
         """Tell how long a model took to compute tokens. See `Engine.observe_prefill`."""
-        if not (position >= 0 and tokens > 0 and 0 < seconds < 1e6):
-            raise ConfigError(
-                f"observe_prefill: given {tokens} tokens after {position} in {seconds} s, expected "
-                "at least one token and a time above 0"
-            )
+        check_prefill(position, tokens, seconds)
         proxy = self._for(namespace.keys_of(b""))
         if proxy is not None:
             proxy.observe(namespace, position, tokens, seconds)
@@ -338,11 +335,7 @@ class Client:
 
     def pin(self, keys: BlockKeys, duration_s: float | None = None, *, hard: bool = False) -> int:
         """Keep the leading blocks that are in memory there. See `Engine.pin`."""
-        if hard != (duration_s is None) or duration_s is not None and not 0 < duration_s < 1e9:
-            raise ConfigError(
-                f"pin: given duration_s={duration_s} and hard={hard}, expected a number of seconds "
-                "above 0 for a soft pin, and none for a hard one"
-            )
+        check_pin(duration_s, hard)
         proxy = self._for(keys)
         return 0 if proxy is None else proxy.keep_in_memory(keys, duration_s)
 
@@ -361,13 +354,7 @@ class Client:
         prefetch: bool = False,
     ) -> int:
         """Tell what will become of a prompt. See `Engine.hint`."""
-        check_seconds("expect_resume_in", expect_resume_in)
-        resumes = expect_resume_in is not None
-        if session_end + branch_done + resumes != 1 or (prefetch and not resumes):
-            raise ConfigError(
-                "hint: give one of session_end, branch_done and expect_resume_in; prefetch goes "
-                "with the last"
-            )
+        check_hint(session_end, branch_done, expect_resume_in, prefetch)
         proxy = self._for(keys)
         if proxy is None:
             return 0
